@@ -1,0 +1,203 @@
+"""The four modules of a PS-VAE and how they connect.
+
+    image → encoder → f′ → semantic_encoder → z → semantic_decoder → f″
+                                              └──→ pixel_decoder → image
+
+Images are (B, S, S, 3) float32 in [−1, 1]; features (B, h, w, D); latents
+(B, h, w, C). The object holds no parameters: every method takes them.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from psvae_jax.config import (
+  AutoencoderModel,
+  ComputeConfig,
+  ConfigError,
+  PixelDecoderConfig,
+)
+from psvae_jax.models.latent import DiagonalGaussian
+from psvae_jax.models.layers import BlockConfig
+from psvae_jax.models.pixels import ConvPixelDecoder, ViTPixelDecoder
+from psvae_jax.models.resize import resize_bicubic
+from psvae_jax.models.semantic import (
+  SemanticDecoder,
+  SemanticEncoder,
+  last_blocks,
+)
+from psvae_jax.models.vit import ViT
+
+MODULES = ("encoder", "semantic_encoder", "semantic_decoder", "pixel_decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+  """Modules, sizes and preprocessing of one autoencoder.
+
+  Attributes:
+    config: the model section.
+    encoder: representation encoder E.
+    mean, std: E's preprocessing constants, for images in [0, 1].
+    semantic_encoder, semantic_decoder, pixel_decoder: see the module docstring.
+  """
+
+  config: AutoencoderModel
+  encoder: ViT
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  semantic_encoder: SemanticEncoder
+  semantic_decoder: SemanticDecoder
+  pixel_decoder: nn.Module
+
+  @property
+  def grid(self) -> int:
+    """Side of the token grid."""
+    return self.config.image_size // self.encoder.config.patch_size
+
+  def features(self, params: Any, images: jax.Array) -> jax.Array:
+    """Images at E's size or the product's → f (B, h, w, D) float32.
+
+    Raises:
+      ValueError: images of any other size.
+    """
+    sizes = (self.config.image_size, self.config.output_size)
+    side = images.shape[1]
+    if images.shape[1] != images.shape[2] or side not in sizes:
+      raise ValueError(
+        f"images are {images.shape[1]}×{images.shape[2]}; this autoencoder "
+        f"takes {sizes[0]}×{sizes[0]} (the encoder's size) or "
+        f"{sizes[1]}×{sizes[1]} (the product's)"
+      )
+    if side != self.config.image_size:
+      images = resize_bicubic(images, (sizes[0], sizes[0]))
+    unit = 0.5 * images + 0.5
+    mean = jnp.asarray(self.mean, jnp.float32)
+    std = jnp.asarray(self.std, jnp.float32)
+    return self.encoder.apply({"params": params}, (unit - mean) / std)
+
+  def posterior(self, params: Any, features: jax.Array) -> DiagonalGaussian:
+    return self.semantic_encoder.apply({"params": params}, features)
+
+  def decode_features(self, params: Any, z: jax.Array) -> jax.Array:
+    return self.semantic_decoder.apply({"params": params}, z)
+
+  def decode_pixels(self, params: Any, z: jax.Array) -> jax.Array:
+    """z → images (B, S, S, 3) float32, not clipped."""
+    return self.pixel_decoder.apply({"params": params}, z)
+
+  def init(self, rng: jax.Array, encoder_params: Any) -> dict[str, Any]:
+    """Fresh parameters of everything but E."""
+    rngs = jax.random.split(rng, 3)
+    width = self.encoder.config.width
+    tokens = jnp.zeros((1, self.grid, self.grid, width), jnp.float32)
+    z = jnp.zeros((1, self.grid, self.grid, self.config.channels), jnp.float32)
+    params = {
+      "semantic_encoder": self.semantic_encoder.init(rngs[0], tokens),
+      "semantic_decoder": self.semantic_decoder.init(rngs[1], z),
+      "pixel_decoder": self.pixel_decoder.init(rngs[2], z),
+    }
+    params = {name: value["params"] for name, value in params.items()}
+    for name in ("semantic_encoder", "semantic_decoder"):
+      section = getattr(self.config, name)
+      if section.from_encoder:
+        blocks = last_blocks(
+          encoder_params["blocks"], section.depth, params[name]["blocks"]
+        )
+        params[name]["blocks"] = jax.tree.map(jnp.copy, blocks)
+    return params
+
+
+def build(
+  config: AutoencoderModel,
+  compute: ComputeConfig,
+  encoder: ViT,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> Autoencoder:
+  """Builds the modules around a loaded encoder.
+
+  Raises:
+    ConfigError: sizes that do not fit together.
+  """
+  patch = encoder.config.patch_size
+  if config.image_size % patch:
+    raise ConfigError(
+      f"config.model.image_size={config.image_size} is not a multiple of "
+      f"the encoder's patch size {patch}; "
+      f"{max(patch, config.image_size // patch * patch)} would be"
+    )
+  block = encoder.config.block
+  shared = dict(
+    remat=compute.remat, unroll=compute.unroll, dtype=jnp.dtype(compute.dtype)
+  )
+  grid = config.image_size // patch
+
+  def semantic(section):
+    return dict(
+      block=block,
+      depth=section.depth,
+      mlp_hidden=section.mlp_hidden or block.width,
+      **shared,
+    )
+
+  return Autoencoder(
+    config=config,
+    encoder=encoder,
+    mean=tuple(mean),
+    std=tuple(std),
+    semantic_encoder=SemanticEncoder(
+      channels=config.channels, **semantic(config.semantic_encoder)
+    ),
+    semantic_decoder=SemanticDecoder(
+      final_norm=config.final_norm, **semantic(config.semantic_decoder)
+    ),
+    pixel_decoder=_pixel_decoder(
+      config.pixel_decoder, grid, config.output_size, shared
+    ),
+  )
+
+
+def _pixel_decoder(
+  config: PixelDecoderConfig, grid: int, output_size: int, shared: dict
+) -> nn.Module:
+  """The decoder `config.kind` names, checked against the sizes."""
+  if config.kind == "vit":
+    if output_size % grid:
+      raise ConfigError(
+        f"config.model.output_size={output_size} is not a multiple of the "
+        f"{grid}×{grid} token grid; {output_size // grid * grid} would be"
+      )
+    block = BlockConfig(
+      width=config.width,
+      num_heads=config.num_heads,
+      mlp_hidden=int(config.width * config.mlp_ratio),
+      layerscale_init=None,
+    )
+    return ViTPixelDecoder(
+      block=block,
+      depth=config.depth,
+      output_size=output_size,
+      overlap=config.overlap,
+      refine_channels=config.refine_channels,
+      **shared,
+    )
+  factor = 2 ** (len(config.channel_mult) - 1) * config.output_patch
+  if grid * factor != output_size:
+    raise ConfigError(
+      f"config.model.pixel_decoder upsamples {factor}× ("
+      f"{len(config.channel_mult)} levels, output_patch "
+      f"{config.output_patch}), so a {grid}×{grid} grid gives "
+      f"{grid * factor} pixels, not config.model.output_size={output_size}"
+    )
+  return ConvPixelDecoder(
+    channels=config.channels,
+    channel_mult=config.channel_mult,
+    num_res_blocks=config.num_res_blocks,
+    output_patch=config.output_patch,
+    remat=shared["remat"],
+    dtype=shared["dtype"],
+  )

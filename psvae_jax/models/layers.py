@@ -1,0 +1,199 @@
+"""Transformer blocks shared by every vision model of the project.
+
+Contract: token arrays are (B, N, D). Parameters are float32; matrix products
+run in `dtype`; norms and softmax run in float32 whatever `dtype` is. The
+residual stream keeps `dtype`.
+
+The block is DINOv2's: pre-norm, LayerScale on both branches, MLP or SwiGLU.
+Models without LayerScale set `layerscale_init=None`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_new": functools.partial(nn.gelu, approximate=True),
+  "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+  "relu": nn.relu,
+  "relu2": lambda x: jnp.square(nn.relu(x)),
+  "silu": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+  """Hyper-parameters of one transformer block.
+
+  Attributes:
+    width: token dimension D.
+    num_heads: attention heads; divides `width`.
+    mlp_hidden: width of the MLP's hidden layer.
+    swiglu: gate the MLP (DINOv2-giant) in place of `activation`.
+    activation: a key of `ACTIVATIONS`.
+    qkv_bias: whether query, key and value projections have a bias.
+    layerscale_init: initial LayerScale value; None leaves LayerScale out.
+    layer_norm_eps: epsilon of every LayerNorm.
+  """
+
+  width: int
+  num_heads: int
+  mlp_hidden: int
+  swiglu: bool = False
+  activation: str = "gelu"
+  qkv_bias: bool = True
+  layerscale_init: float | None = 1.0
+  layer_norm_eps: float = 1e-6
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm over the last axis, computed in float32, returned in `dtype`."""
+
+  epsilon: float = 1e-6
+  affine: bool = True
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    norm = nn.LayerNorm(
+      epsilon=self.epsilon,
+      use_bias=self.affine,
+      use_scale=self.affine,
+      use_fast_variance=False,  # E[x²] − E[x]² cancels for large means
+      dtype=jnp.float32,
+      name="norm",
+    )
+    return norm(x.astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention: (B, N, D) → (B, N, D)."""
+
+  config: BlockConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    if config.width % config.num_heads:
+      raise ValueError(
+        f"width {config.width} is not a multiple of num_heads "
+        f"{config.num_heads}"
+      )
+    batch, length, width = x.shape
+    heads = (batch, length, config.num_heads, width // config.num_heads)
+
+    # Plain Dense + reshape: DenseGeneral cannot be constrained under a mesh.
+    def project(name):
+      dense = nn.Dense(
+        width, use_bias=config.qkv_bias, dtype=self.dtype, name=name
+      )
+      return dense(x).reshape(heads)
+
+    query, key, value = project("query"), project("key"), project("value")
+    out = jax.nn.dot_product_attention(query, key, value)
+    out = out.reshape(batch, length, width)
+    return nn.Dense(width, dtype=self.dtype, name="out")(out)
+
+
+class Mlp(nn.Module):
+  """Dense → activation → Dense, or its SwiGLU form: (…, D) → (…, D)."""
+
+  config: BlockConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    hidden = nn.Dense(config.mlp_hidden, dtype=self.dtype, name="fc1")(x)
+    if config.swiglu:
+      gate = nn.Dense(config.mlp_hidden, dtype=self.dtype, name="gate")(x)
+      hidden = nn.silu(gate) * hidden
+    else:
+      hidden = ACTIVATIONS[config.activation](hidden)
+    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+
+
+class LayerScale(nn.Module):
+  """Learned per-channel gain of a residual branch."""
+
+  init: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param(
+      "scale", nn.initializers.constant(self.init), (x.shape[-1],)
+    )
+    return x * scale.astype(x.dtype)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: (B, N, D) → (B, N, D)."""
+
+  config: BlockConfig
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    config = self.config
+
+    def norm(name):
+      return LayerNorm(
+        epsilon=config.layer_norm_eps, dtype=self.dtype, name=name
+      )
+
+    def scale(branch, name):
+      if config.layerscale_init is None:
+        return branch
+      return LayerScale(config.layerscale_init, name=name)(branch)
+
+    attention = Attention(config, self.dtype, name="attention")
+    x = x + scale(attention(norm("norm1")(x)), "scale1")
+    mlp = Mlp(config, self.dtype, name="mlp")
+    return x + scale(mlp(norm("norm2")(x)), "scale2")
+
+
+class BlockStack(nn.Module):
+  """`depth` equal blocks under one `nn.scan`: parameters lead with depth.
+
+  Attributes:
+    config: the block's hyper-parameters.
+    depth: number of blocks.
+    remat: recompute each block's activations in the backward pass.
+    unroll: blocks per iteration of the compiled loop. It changes speed and
+      compile time, never parameters or values.
+    dtype: compute dtype.
+  """
+
+  config: BlockConfig
+  depth: int
+  remat: bool = False
+  unroll: int = 1
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    def body(block, carry):
+      return block(carry), None
+
+    # prevent_cse only guards against CSE outside a scan; inside it costs time.
+    if self.remat:
+      body = nn.remat(body, prevent_cse=False)
+    scan = nn.scan(
+      body,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.depth,
+      unroll=self.unroll,
+    )
+    block = Block(self.config, self.dtype, name="block")
+    x, _ = scan(block, x.astype(self.dtype))
+    return x

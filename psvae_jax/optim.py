@@ -1,0 +1,125 @@
+"""Optimizers: one chain a module, so that modules never rescale each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from psvae_jax.config import OptimConfig
+
+# First and last layers and lookup tables are not hidden matrices: Muon's
+# orthogonal update is meant for those only.
+_NOT_HIDDEN = ("patch_embed", "conv_out", "head", "embedding", "relative_bias")
+
+
+def make_schedule(config: OptimConfig, peak: float, steps: int):
+  """Learning rate by step: linear warm-up from 0, then `config.schedule`."""
+  decay_steps = max(steps - config.warmup_steps, 1)
+  end = peak * config.end_factor
+  if config.schedule == "cosine":
+    decay = optax.cosine_decay_schedule(peak, decay_steps, config.end_factor)
+  elif config.schedule == "linear":
+    decay = optax.linear_schedule(peak, end, decay_steps)
+  else:
+    decay = optax.constant_schedule(peak)
+  if not config.warmup_steps:
+    return decay
+  warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+  return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def _is_matrix(path: Any, leaf: Any) -> bool:
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return name.endswith("kernel") and leaf.ndim >= 2
+
+
+def _decay_mask(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(_is_matrix, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+  """Which axes of each kernel are matrix input and output; None for Adam.
+
+  Scanned stacks lead with depth, which Muon treats as a batch of matrices.
+  """
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if not _is_matrix(path, leaf) or any(n in name for n in _NOT_HIDDEN):
+      return None
+    last = leaf.ndim - 1
+    # A (window, window, in, out) convolution is one matrix over its window.
+    reduction = (0, 1, 2) if leaf.ndim == 4 else last - 1
+    return optax.contrib.MuonDimensionNumbers(reduction, last)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _module_chain(
+  config: OptimConfig, steps: int, multiplier: float
+) -> optax.GradientTransformation:
+  """Clip → optimizer → schedule, for one module."""
+
+  def schedule(peak):
+    return make_schedule(config, peak * multiplier, steps)
+
+  parts = []
+  if config.clip > 0:
+    parts.append(optax.clip_by_global_norm(config.clip))
+  if config.name == "muon":
+    parts.append(
+      optax.contrib.muon(
+        schedule(config.learning_rate),
+        adam_learning_rate=schedule(config.adam_learning_rate),
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=_muon_dimensions,
+      )
+    )
+  else:
+    parts.append(
+      optax.adamw(
+        schedule(config.learning_rate),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decay_mask,
+      )
+    )
+  return optax.chain(*parts)
+
+
+def make_optimizer(
+  config: OptimConfig, steps: int, multipliers: Mapping[str, float]
+) -> optax.GradientTransformation:
+  """Optimizer over a dict of modules; its state is a dict of the same names.
+
+  Args:
+    config: optimizer section of the stage.
+    steps: length of the schedule.
+    multipliers: module name → factor on its learning rate.
+
+  Returns:
+    A transformation whose updates of one module depend on that module alone.
+  """
+  chains = {
+    name: _module_chain(config, steps, multiplier)
+    for name, multiplier in multipliers.items()
+  }
+
+  def init(params):
+    return {name: chains[name].init(params[name]) for name in params}
+
+  def update(grads, state, params=None):
+    updates, new_state = {}, {}
+    for name in grads:
+      updates[name], new_state[name] = chains[name].update(
+        grads[name], state[name], params[name]
+      )
+    return updates, new_state
+
+  return optax.GradientTransformation(init, update)

@@ -1,0 +1,218 @@
+"""Published model folders: configs and tensors, read strictly.
+
+A model folder has Hugging Face's layout: `config.json` beside
+`model.safetensors`, or beside the shards that `model.safetensors.index.json`
+names. Only safetensors is read or written, never pickle.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def resolve_folder(
+  name_or_path: str | os.PathLike, allow_patterns: Sequence[str]
+) -> pathlib.Path:
+  """Finds a model folder: a local one, else one of the Hugging Face hub.
+
+  Args:
+    name_or_path: a local folder, or a hub id such as
+      "facebook/dinov2-with-registers-base", downloaded once into the hub's
+      cache.
+    allow_patterns: file name patterns to download.
+
+  Returns:
+    The local folder.
+
+  Raises:
+    FileNotFoundError: there is no such folder and the hub has none, or cannot
+      be reached.
+    ValueError: the path is a file.
+  """
+  path = pathlib.Path(name_or_path).expanduser()
+  if path.is_dir():
+    return path
+  if path.exists():
+    raise ValueError(f"{path} is a file; give the model folder that holds it")
+  name = os.fspath(name_or_path)
+  if not _HUB_ID.fullmatch(name):
+    raise FileNotFoundError(
+      f"model folder {name} does not exist; give an existing folder or a "
+      'Hugging Face id such as "facebook/dinov2-with-registers-base"'
+    )
+  try:
+    import huggingface_hub  # optional: local folders need no hub client
+  except ImportError as error:
+    raise FileNotFoundError(
+      f"{name} is not a local folder, and huggingface_hub is not installed "
+      "to download it; install it or give a local folder"
+    ) from error
+  try:
+    folder = huggingface_hub.snapshot_download(
+      name, allow_patterns=list(allow_patterns)
+    )
+  except (OSError, ValueError) as error:
+    # Hub and connection errors are all OSError; a malformed id a ValueError.
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    raise FileNotFoundError(
+      f"{name} is not a local folder, and the Hugging Face hub did not give it "
+      f"({type(error).__name__}: {reason}). Check the name; without a network, "
+      f"download it elsewhere with `hf download {name}` and give the folder"
+    ) from error
+  return pathlib.Path(folder)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads one JSON object; errors name the file."""
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{path} is missing; a model folder needs {path.name}"
+    )
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not valid JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} must hold a JSON object")
+  return value
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads `config.json` of a model folder."""
+  return read_json(pathlib.Path(folder) / "config.json")
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes one JSON object, whole or not at all."""
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text, encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def read_safetensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a model folder, sharded or not.
+
+  Returns:
+    Tensor of every key; floating point ones as float32, whatever their type
+    in the file, others as they are.
+
+  Raises:
+    FileNotFoundError: no tensor file, or a shard is missing.
+    ValueError: a file is truncated or malformed; names the file.
+  """
+  folder = pathlib.Path(folder)
+  single = folder / "model.safetensors"
+  index = folder / "model.safetensors.index.json"
+  if single.is_file():
+    return _read_file(single)
+  if not index.is_file():
+    raise FileNotFoundError(
+      f"{folder} has neither model.safetensors nor {index.name}; convert "
+      "other formats to safetensors first"
+    )
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(name, str) and name == pathlib.PurePath(name).name
+    for name in weight_map.values()
+  ):
+    raise ValueError(f'{index}: "weight_map" must map tensors to file names')
+  tensors = {}
+  for name in sorted(set(weight_map.values())):
+    shard = _read_file(folder / name)
+    stated = {key for key, value in weight_map.items() if value == name}
+    if stated != set(shard):
+      raise ValueError(
+        f"{folder / name} does not hold the tensors that {index.name} says: "
+        f"{list_names(stated ^ set(shard))}"
+      )
+    tensors.update(shard)
+  return tensors
+
+
+def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is missing; download the folder again")
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      tensors = {key: file.get_tensor(key) for key in file.keys()}
+  except Exception as error:  # the library has no common error class
+    raise ValueError(
+      f"{path} is truncated or not a safetensors file ({error}); download "
+      "or copy it again"
+    ) from error
+  return {key: _to_float32(value) for key, value in tensors.items()}
+
+
+def _to_float32(tensor: np.ndarray) -> np.ndarray:
+  # Kind "V" is how numpy sees bfloat16 and the float8 types.
+  if tensor.dtype.kind in "fV":
+    return tensor.astype(np.float32)
+  return tensor
+
+
+def write_safetensors(
+  path: str | os.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes tensors to one file, whole or not at all.
+
+  Args:
+    path: the file, e.g. `folder / "model.safetensors"`.
+    tensors: host arrays by key.
+    metadata: strings for the file's header. `format: pt`, which transformers
+      looks for, is always there.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  safetensors.numpy.save_file(
+    # The writer copies memory as it lies: transposed views must be packed.
+    {key: np.asarray(value, order="C") for key, value in tensors.items()},
+    temporary,
+    metadata={"format": "pt", **(metadata or {})},
+  )
+  os.replace(temporary, path)
+
+
+def fingerprint_params(tree: Any) -> str:
+  """Identifies a parameter tree by its content.
+
+  Args:
+    tree: nested dicts of host arrays, or device arrays that this process can
+      read whole.
+
+  Returns:
+    Hex SHA-256 over path, dtype, shape and bytes of every leaf, sorted by
+    path; independent of dict order, device and host.
+  """
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  named = sorted(
+    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    for path, leaf in leaves
+  )
+  digest = hashlib.sha256()
+  for name, leaf in named:
+    array = np.asarray(jax.device_get(leaf))
+    header = f"{name}\n{array.dtype.name}\n{array.shape}\n"
+    digest.update(header.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()
+
+
+def list_names(names: Sequence[str] | set[str], limit: int = 20) -> str:
+  """Sorted names for an error message, the tail of a long list as a count."""
+  names = sorted(names)
+  text = ", ".join(names[:limit])
+  return text + (f" … {len(names) - limit} more" if names[limit:] else "")

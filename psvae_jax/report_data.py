@@ -1,0 +1,317 @@
+"""What a report is made of: the files of a workdir.
+
+`read_run` takes whatever is there. A piece that is missing is left out; a piece
+that cannot be read is left out and named in `Run.notices`.
+"""
+
+import dataclasses
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psvae_jax import writers
+from psvae_jax.report_metrics import is_number, rank
+
+CONFIG_FILE = "config.json"
+SAMPLES_DIR = "samples"
+LATENTS_FILE = "latents.npz"
+
+STAGE_TITLES = {
+  "encoder": "Encoder",
+  "vae": "VAE",
+  "rae": "RAE",
+  "rae_hd": "RAE-HD",
+  "svae": "S-VAE",
+  "pvae": "P-VAE",
+  "psvae": "PS-VAE",
+  "t2i": "Text to image",
+  "edit": "Editing",
+}
+# Columns beside the stages: sections of the summary, and the floors of a probe.
+REFERENCE_TITLES = {
+  "encoder": "Frozen encoder",
+  "random_encoder": "Random encoder",
+  "chance": "Chance",
+}
+_FLOORS = ("random_encoder", "chance")
+
+
+@dataclasses.dataclass
+class Stage:
+  """One stage as far as it got.
+
+  Attributes:
+    name: folder and config section.
+    title: name for a reader.
+    records: lines of `metrics.jsonl`.
+    samples: arrays by name, by name of the sample set.
+    latents: per-channel statistics (C,) by name, {} if there are none.
+    final: the stage's section of the summary, {} before it has finished.
+    planned_steps: from the config; 0 if it does not say.
+    batch_size: from the config; 0 if it does not say.
+  """
+
+  name: str
+  title: str
+  records: list[dict[str, Any]]
+  samples: dict[str, dict[str, np.ndarray]]
+  latents: dict[str, np.ndarray]
+  final: dict[str, Any]
+  planned_steps: int = 0
+  batch_size: int = 0
+
+  @property
+  def last_step(self) -> int:
+    return max((record["step"] for record in self.records), default=0)
+
+  @property
+  def evaluated_step(self) -> int:
+    """Step of the last evaluation; 0 before the first."""
+    return max(
+      (
+        record["step"]
+        for record in self.records
+        if any(name.startswith("eval/") for name in record)
+      ),
+      default=0,
+    )
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether the stage is still running, or was stopped before its end."""
+    return not self.final and self.last_step < (self.planned_steps or math.inf)
+
+  def metric_names(self) -> list[str]:
+    names = {
+      name
+      for record in self.records
+      for name, value in record.items()
+      if name != "step" and is_number(value)
+    }
+    return sorted(names, key=rank)
+
+  def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps (n,) and values (n,), rising in step.
+
+    A step that was recorded twice counts with its last value.
+    """
+    points = {
+      record["step"]: float(record[name])
+      for record in self.records
+      if is_number(record.get(name))
+    }
+    steps = sorted(points)
+    return np.array(steps, float), np.array([points[s] for s in steps], float)
+
+  def figures(self) -> dict[str, Any]:
+    """Final figures, or the last evaluation's while the stage is running."""
+    if self.final:
+      return self.final
+    last: dict[str, Any] = {}
+    for record in self.records:
+      last.update(
+        {name: v for name, v in record.items() if name.startswith("eval/")}
+      )
+    return last
+
+
+@dataclasses.dataclass
+class Run:
+  """Everything a report shows.
+
+  Attributes:
+    name: the workdir's folder name.
+    config: resolved config of the last job, {} if there is none.
+    summary: `summary.json`, {} if there is none.
+    stages: in order of training.
+    updated: time of the last write, seconds since the epoch; 0 if unknown.
+    notices: sentences on what was left out and why.
+  """
+
+  name: str
+  config: dict[str, Any]
+  summary: dict[str, Any]
+  stages: list[Stage]
+  updated: float
+  notices: list[str]
+
+  def columns(self) -> dict[str, dict[str, Any]]:
+    """Figures by column of the result table: stages, then references.
+
+    The floors of a probe, "…_random_encoder" and "…_chance", become columns of
+    the row they belong to.
+    """
+    sections = {stage.name: stage.figures() for stage in self.stages}
+    for name, section in self.summary.items():
+      if name not in sections and _has_figures(section):
+        sections[name] = section
+    columns: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    floors: dict[str, dict[str, Any]] = {name: {} for name in _FLOORS}
+    for column, section in sections.items():
+      for name, value in section.items():
+        floor = next((f for f in _FLOORS if name.endswith("_" + f)), None)
+        if floor is None:
+          columns[column][name] = value
+        else:
+          floors[floor][name.removesuffix("_" + floor)] = value
+    columns.update({name: value for name, value in floors.items() if value})
+    return columns
+
+  def column_title(self, name: str) -> str:
+    for stage in self.stages:
+      if stage.name == name:
+        return stage.title
+    return REFERENCE_TITLES.get(name, name)
+
+
+def read_run(workdir: Path) -> Run:
+  """Reads what a job has written so far.
+
+  Args:
+    workdir: the job's folder.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+  """
+  workdir = Path(workdir)
+  if not workdir.is_dir():
+    raise FileNotFoundError(
+      f"{workdir} is not a folder; pass the --workdir of a training job."
+    )
+  notices: list[str] = []
+  config = _read_config(workdir / CONFIG_FILE, notices)
+  try:
+    summary = writers.read_summary(workdir)
+  except ValueError as error:
+    summary = {}
+    notices.append(f"{writers.SUMMARY_FILE} cannot be read: {error}")
+  stages = []
+  for name in _stage_names(workdir, config, summary):
+    section = summary.get(name)
+    train = _mapping(_mapping(_stage_config(config, name)).get("train"))
+    stages.append(
+      Stage(
+        name=name,
+        title=STAGE_TITLES.get(name, name),
+        records=writers.read_metrics(workdir / name / writers.METRICS_FILE),
+        samples=_read_samples(workdir / name / SAMPLES_DIR, notices),
+        latents=_read_latents(workdir / name / LATENTS_FILE, notices),
+        final=dict(section) if _has_figures(section) else {},
+        planned_steps=_count(train.get("steps")),
+        batch_size=_count(train.get("batch_size")),
+      )
+    )
+  files = [workdir / CONFIG_FILE, workdir / writers.SUMMARY_FILE]
+  files += [workdir / stage.name / writers.METRICS_FILE for stage in stages]
+  return Run(
+    name=workdir.resolve().name,
+    config=config,
+    summary=summary,
+    stages=stages,
+    updated=max((f.stat().st_mtime for f in files if f.exists()), default=0),
+    notices=notices,
+  )
+
+
+def _stage_names(
+  workdir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]
+) -> list[str]:
+  """Stages that left something, in order of training.
+
+  The config names the stages of the last job. Jobs of one experiment share a
+  workdir, so there may be others: those stand before, unless the summary, which
+  keeps the order in which stages finished, has them later.
+  """
+  found = {
+    folder.name
+    for folder in workdir.iterdir()
+    if (folder / writers.METRICS_FILE).exists()
+    or (folder / SAMPLES_DIR).is_dir()
+  }
+  stages = config.get("stages")
+  listed = list(stages) if isinstance(stages, (list, tuple)) else []
+  listed = [str(name) for name in listed if str(name) in found]
+  finished = list(summary)
+  first = min((finished.index(s) for s in listed if s in finished), default=0)
+  others = sorted(
+    found.difference(listed),
+    key=lambda s: (finished.index(s) if s in finished else -1, s),
+  )
+  later = [
+    s
+    for s in others
+    if s in finished
+    and finished.index(s) > first
+    and any(name in finished for name in listed)
+  ]
+  return [s for s in others if s not in later] + listed + later
+
+
+def _stage_config(config: Mapping[str, Any], name: str) -> Any:
+  return config.get(name, _mapping(config.get("sections")).get(name))
+
+
+def _read_config(path: Path, notices: list[str]) -> dict[str, Any]:
+  if not path.exists():
+    return {}
+  try:
+    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+  except ValueError as error:
+    notices.append(f"{path.name} is not valid JSON: {error}")
+    return {}
+
+
+def _read_samples(
+  folder: Path, notices: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
+  paths = sorted(folder.glob("*.npz"))
+  # "x.partial.npz" is a file that a running job has not finished.
+  paths = [path for path in paths if not path.stem.endswith(".partial")]
+  sets = {path.stem: _read_arrays(path, notices) for path in paths}
+  return {name: arrays for name, arrays in sets.items() if arrays}
+
+
+def _read_latents(path: Path, notices: list[str]) -> dict[str, np.ndarray]:
+  arrays = _read_arrays(path, notices) if path.exists() else {}
+  return {
+    name: array
+    for name, array in arrays.items()
+    if array.ndim == 1 and array.size and array.dtype.kind in "fiu"
+  }
+
+
+def _read_arrays(path: Path, notices: list[str]) -> dict[str, np.ndarray]:
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    where = "/".join(path.parts[-3:])
+    # NumPy's own message may advise to load pickles; this project never does.
+    kind = type(error).__name__
+    notices.append(f"{where} is not a readable .npz of plain arrays ({kind}).")
+    return {}
+
+
+def _has_figures(section: Any) -> bool:
+  """Whether a section of the summary holds metrics (names with a slash)."""
+  return isinstance(section, dict) and any("/" in name for name in section)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+  return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int:
+  return value if isinstance(value, int) and value > 0 else 0

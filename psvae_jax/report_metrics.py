@@ -1,0 +1,177 @@
+"""Names, order and number formats of metrics, for people.
+
+A metric is known by the last part of its name, so `eval/psnr` and `test/psnr`
+read alike. Unknown metrics are shown under their own name.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """How a metric is shown.
+
+  Attributes:
+    label: name for a reader.
+    note: one sentence on what it says; "" if the name says it.
+    better: "higher", "lower" or "" where neither is.
+    style: a format specification, or "%" for a share shown in percent.
+    unit: written after the number.
+  """
+
+  label: str
+  note: str = ""
+  better: str = ""
+  style: str = ".4g"
+  unit: str = ""
+
+
+# By the last part of the name, in the order of the result table.
+METRICS: dict[str, Metric] = {
+  "psnr": Metric(
+    "PSNR",
+    "Pixel fidelity of reconstructions, averaged over images.",
+    "higher",
+    ".2f",
+    "dB",
+  ),
+  "ssim": Metric(
+    "SSIM", "Structural similarity, 1 is identical.", "higher", ".3f"
+  ),
+  "sharpness": Metric(
+    "Sharpness",
+    "Gradient strength against the original's; below 1 is blurred.",
+    "",
+    ".3f",
+  ),
+  "lpips": Metric("LPIPS", "Perceptual distance.", "lower", ".3f"),
+  "rfid": Metric(
+    "rFID", "Fréchet distance of reconstructions to originals.", "lower"
+  ),
+  "fid": Metric("FID", "Fréchet distance of samples to data.", "lower"),
+  "probe_accuracy": Metric(
+    "Probe accuracy, f′",
+    "Linear probe on the encoder's features: are the semantics kept?",
+    "higher",
+    "%",
+  ),
+  "probe_accuracy_latent": Metric(
+    "Probe accuracy, z", "The same probe on the latent.", "higher", "%"
+  ),
+  "probe_accuracy_decoded": Metric(
+    "Probe accuracy, f″",
+    "The same probe on features decoded from the latent.",
+    "higher",
+    "%",
+  ),
+  "checker_accuracy": Metric(
+    "Checker accuracy",
+    "Scenes whose objects are read back right from the image.",
+    "higher",
+    "%",
+  ),
+  "foil_accuracy": Metric(
+    "Caption told from its foil",
+    "Images nearer to their caption than to one with a detail changed.",
+    "higher",
+    "%",
+  ),
+  "latent_mean": Metric(
+    "Latent mean", "Magnitude of a channel's mean, averaged over channels."
+  ),
+  "latent_std": Metric(
+    "Latent std", "Spread of μ over the data, averaged over channels."
+  ),
+  "latent_variance": Metric(
+    "Posterior variance", "Noise added to μ, averaged over channels."
+  ),
+  "kl": Metric("KL", "Per latent dimension, against a standard normal."),
+  "collapsed_channels": Metric(
+    "Collapsed channels",
+    "Share of latent channels that say nothing about the image.",
+    "lower",
+    "%",
+  ),
+  "loss": Metric("Loss"),
+  "loss_semantic": Metric("Semantic loss"),
+  "loss_semantic_tuned": Metric("Semantic loss, f′"),
+  "loss_semantic_decoded": Metric("Semantic loss, f″"),
+  "loss_pixel": Metric("Pixel loss"),
+  "loss_l1": Metric("L1 loss"),
+  "loss_mse": Metric("MSE loss"),
+  "loss_perceptual": Metric("Perceptual loss"),
+  "loss_kl": Metric("KL loss"),
+  "loss_contrastive": Metric("Contrastive loss"),
+  "loss_words": Metric("Word loss"),
+  "loss_generator": Metric("Generator loss"),
+  "loss_discriminator": Metric("Discriminator loss"),
+  "images_per_second": Metric("Images per second", "", "higher", ".4g"),
+  "steps_per_second": Metric("Steps per second", "", "higher", ".3g"),
+}
+
+
+# By the part before the last, which names a module.
+_FAMILIES = {"grad_norm": "Gradient norm", "update_norm": "Update norm"}
+# Figures that a known one is made of: prefix → (label, the known one).
+_PARTS = {
+  "probe_": ("Probe", "probe_accuracy"),
+  "checker_": ("Checker", "checker_accuracy"),
+}
+
+
+def describe(name: str) -> Metric:
+  """Returns how to show the metric called `name`; unknown names show as is."""
+  *groups, last = name.split("/")
+  if groups and groups[-1] in _FAMILIES:
+    return Metric(f"{_FAMILIES[groups[-1]]}, {_spaced(last)}")
+  if last in METRICS:
+    return METRICS[last]
+  for prefix, (label, _) in _PARTS.items():
+    if last.startswith(prefix):
+      part = _spaced(last.removeprefix(prefix))
+      return Metric(f"{label}, {part}", "", "higher", "%")
+  return Metric(name)
+
+
+def rank(name: str) -> tuple[int, bool, str]:
+  """Sort key: known metrics in the order of `METRICS`, others by name.
+
+  Parts of a known figure follow it.
+  """
+  last = name.rsplit("/", 1)[-1]
+  known = last in METRICS
+  if not known:
+    parents = [
+      p for prefix, (_, p) in _PARTS.items() if last.startswith(prefix)
+    ]
+    last = parents[0] if parents else last
+  order = list(METRICS)
+  return (order.index(last) if last in METRICS else len(order), not known, name)
+
+
+def _spaced(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def format_value(name: str, value: Any) -> str:
+  """Returns `value` of metric `name` as a reader wants to see it."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return str(value)
+  if not math.isfinite(value):
+    return "NaN" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+  metric = describe(name)
+  if metric.style == "%":
+    return f"{100 * value:.1f} %"
+  if isinstance(value, int) or (metric.style == ".4g" and value == int(value)):
+    text = f"{int(value)}" if abs(value) < 1e9 else f"{value:.4g}"
+  else:
+    text = format(value, metric.style)
+  if text.startswith("-"):
+    text = "−" + text[1:]
+  return f"{text} {metric.unit}" if metric.unit else text
+
+
+def is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,14 @@
+"""What a job can optimise, by stage name."""
+
+from pathlib import Path
+
+from psvae_jax.config import Config
+from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks.base import Task
+from psvae_jax.tasks.encoder import EncoderTask
+
+
+def make_task(stage: str, config: Config, workdir: Path) -> Task:
+  """Builds the task of one stage of a job."""
+  kind = AutoencoderTask if stage in ROUTES else EncoderTask
+  return kind(stage, config, workdir)

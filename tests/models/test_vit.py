@@ -1,0 +1,150 @@
+"""The vision transformer as a module; parity is in test_encoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psvae_jax.models import vit
+
+CONFIG = vit.ViTConfig(
+  width=16,
+  depth=2,
+  num_heads=2,
+  patch_size=4,
+  image_size=16,
+  mlp_ratio=2,
+  num_registers=2,
+)
+
+
+def random_params(module, seed=0):
+  """Parameters with no zeros or ones that could hide wrong wiring."""
+  images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes
+  )
+
+
+def random_images(shape, seed=1):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_parameter_names_and_shapes():
+  module = vit.ViT(CONFIG)
+  images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+  params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+  assert set(params) == {
+    "patch_embed",
+    "cls_token",
+    "register_tokens",
+    "pos_embed",
+    "blocks",
+    "norm",
+  }
+  assert params["patch_embed"]["kernel"].shape == (4 * 4 * 3, 16)
+  assert params["pos_embed"].shape == (1, 17, 16)
+  assert params["register_tokens"].shape == (1, 2, 16)
+  free = vit.ViT(CONFIG, final_norm="affine_free")
+  params = jax.eval_shape(free.init, jax.random.key(0), images)["params"]
+  assert "norm" not in params
+
+
+def test_registers_do_not_start_equal():
+  init = jax.jit(vit.ViT(CONFIG).init)
+  params = init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+  registers = params["register_tokens"][0]
+  assert np.abs(registers[0] - registers[1]).max() > 1e-3
+
+
+def test_patch_embedding_is_a_convolution():
+  images = random_images((2, 8, 12, 3))
+  kernel = random_images((4, 4, 3, 5))
+  want = jax.lax.conv_general_dilated(
+    images,
+    kernel,
+    (4, 4),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    precision="highest",
+  )
+  got = vit.patchify(images, 4) @ kernel.reshape(-1, 5)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_remat_and_unroll_change_nothing():
+  images = random_images((2, 16, 24, 3))
+  plain = vit.ViT(CONFIG)
+  params = random_params(plain)
+
+  def gradient(module):
+    def loss(params):
+      return jnp.mean(module.apply({"params": params}, images) ** 2)
+
+    return jax.jit(jax.grad(loss))(params)
+
+  want = gradient(plain)
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want))
+  for options in ({"remat": True}, {"unroll": 2}):
+    got = gradient(vit.ViT(CONFIG, **options))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+      got,
+      want,
+    )
+
+
+def test_bfloat16_features_are_float32_and_close():
+  images = random_images((1, 16, 16, 3))
+  module = vit.ViT(CONFIG)
+  params = random_params(module)
+  want = jax.jit(module.apply)({"params": params}, images)
+  half = vit.ViT(CONFIG, dtype=jnp.bfloat16)
+  got = jax.jit(half.apply)({"params": params}, images)
+  assert got.dtype == jnp.float32
+  error = np.linalg.norm(got - want) / np.linalg.norm(want)
+  assert 0 < error < 0.03
+
+
+def test_antialias_follows_registers_unless_told():
+  def resolved(**options):
+    return vit.ViTConfig(8, 1, 2, 4, 16, 2, **options).antialias
+
+  assert resolved(num_registers=4) and not resolved()
+  assert resolved(position_antialias=True)
+  assert not resolved(num_registers=4, position_antialias=False)
+
+
+def test_swiglu_hidden_width_is_dinov2_giants():
+  giant = vit.ViTConfig(1536, 40, 24, 14, 518, 4, swiglu=True)
+  assert giant.block.mlp_hidden == 4096
+  assert giant.grid == 37
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"width": 15}, "15 is not a multiple of num_heads 2"),
+    ({"depth": 0}, "depth 0"),
+    ({"image_size": 3}, "image_size 3 is below patch_size 4"),
+    ({"activation": "tanh"}, "'tanh'"),
+    ({"num_registers": -1}, "num_registers -1"),
+  ],
+)
+def test_bad_config_is_named(change, message):
+  fields = {**CONFIG.__dict__, **change}
+  with pytest.raises(ValueError, match=message):
+    vit.ViTConfig(**fields)
+
+
+def test_bad_input_is_named():
+  module = vit.ViT(CONFIG)
+  key = jax.random.key(0)
+  with pytest.raises(ValueError, match="16x18 .* patch size 4"):
+    module.init(key, jnp.zeros((1, 16, 18, 3)))
+  with pytest.raises(ValueError, match=r"\(1, 16, 16, 4\)"):
+    module.init(key, jnp.zeros((1, 16, 16, 4)))
+  with pytest.raises(ValueError, match="'none'"):
+    vit.ViT(CONFIG, final_norm="none").init(key, jnp.zeros((1, 16, 16, 3)))

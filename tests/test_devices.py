@@ -1,0 +1,157 @@
+"""One and eight devices compute the same training, DESIGN section 4."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from psvae_jax import config as config_lib
+from psvae_jax import optim, sharding, train, train_state
+from psvae_jax.config import ConfigError, MeshConfig
+from psvae_jax.tasks.autoencoder import AutoencoderTask
+
+MESHES = {
+  "data": dict(data=8),
+  "fsdp": dict(data=1, fsdp=8),
+  "mixed": dict(data=2, fsdp=2, tensor=2),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+  return tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def make_task(encoder_folder, stage, decoder="vit"):
+  raw = tiny.config(encoder_folder)
+  raw[stage].optim.eps = 1e-3
+  if decoder == "conv":
+    raw.model.output_size = 32
+    raw.model.pixel_decoder = dict(
+      kind="conv", channels=8, channel_mult=(1, 2), output_patch=4
+    )
+  return AutoencoderTask(stage, config_lib.parse(raw), encoder_folder)
+
+
+@functools.cache
+def trained(encoder_folder, stage, decoder, mesh_name, x64, steps):
+  """Parameters after `steps` steps, and the first step's gradients."""
+  count = 1 if mesh_name == "one" else 8
+  sizes = {} if mesh_name == "one" else MESHES[mesh_name]
+  mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+  task = make_task(encoder_folder, stage, decoder)
+  dtype = jnp.float64 if x64 else jnp.float32
+
+  def cast(tree):
+    return jax.tree.map(lambda x: np.asarray(x, dtype), tree)
+
+  with jax.set_mesh(mesh):
+    frozen = sharding.put_tree(cast(task.frozen), mesh)
+    params = task.init(jax.random.key(0), task.frozen)
+    params = cast(jax.device_get(tiny.randomise(params, scale=0.05)))
+    params = sharding.put_tree(params, mesh)
+    tx = optim.make_optimizer(task.section.optim, 10, task.multipliers)
+    create = functools.partial(train_state.create, tx=tx)
+    shardings = sharding.infer_sharding(jax.eval_shape(create, params), mesh)
+    state = jax.jit(create, out_shardings=shardings)(params)
+    step = jax.jit(train.make_train_step(task, tx, 0.9))
+    rng = jax.random.key(7)
+    batch = jax.device_get(tiny.batch(16, task.image_size))
+    batch = sharding.put_batch(batch, mesh)
+    grads, _ = jax.jit(task.gradients)(state.params, frozen, batch, rng)
+    for _ in range(steps):
+      state, _ = step(state, frozen, batch, rng)
+  return jax.device_get((state.params, grads))
+
+
+CASES = [
+  ("svae", "vit", "data"),
+  ("psvae", "vit", "data"),
+  ("psvae", "vit", "mixed"),
+  ("psvae", "conv", "fsdp"),
+]
+
+
+@pytest.mark.parametrize("stage, decoder, mesh_name", CASES)
+def test_float32_gradients_equal(encoder_folder, stage, decoder, mesh_name):
+  _, one = trained(encoder_folder, stage, decoder, "one", False, 0)
+  _, many = trained(encoder_folder, stage, decoder, mesh_name, False, 0)
+  scale = max(float(np.linalg.norm(x)) for x in jax.tree.leaves(one))
+
+  def check(path, a, b):
+    name = jax.tree_util.keystr(path)
+    error = np.linalg.norm(a - b)
+    # A key bias shifts all logits of a query alike: its true gradient is 0.
+    if "key" in name and "bias" in name:
+      assert error <= 1e-6 * scale, name
+    else:
+      assert error <= 1e-5 * np.linalg.norm(a), name
+
+  jax.tree_util.tree_map_with_path(check, one, many)
+
+
+@pytest.mark.parametrize("stage, decoder, mesh_name", CASES)
+def test_float32_parameters_equal_after_3_steps(
+  encoder_folder, stage, decoder, mesh_name
+):
+  one, _ = trained(encoder_folder, stage, decoder, "one", False, 3)
+  many, _ = trained(encoder_folder, stage, decoder, mesh_name, False, 3)
+  chex.assert_trees_all_close(one, many, rtol=0, atol=1e-5)
+
+
+def test_parameters_are_really_sharded(encoder_folder):
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices())
+  task = make_task(encoder_folder, "psvae")
+  params = sharding.put_tree(task.frozen["teacher"], mesh)
+  kernel = params["blocks"]["block"]["mlp"]["fc1"]["kernel"]
+  chex.assert_shape(kernel, (2, 16, 32))
+  assert kernel.addressable_shards[0].data.shape == (2, 8, 16)
+
+
+def test_optimizer_and_ema_take_the_parameters_sharding(encoder_folder):
+  mesh = sharding.make_mesh(MeshConfig(fsdp=8), jax.devices())
+  task = make_task(encoder_folder, "psvae")
+  tx = optim.make_optimizer(task.section.optim, 10, task.multipliers)
+  with jax.set_mesh(mesh):
+    frozen = sharding.put_tree(task.frozen, mesh)
+    shapes = jax.eval_shape(
+      lambda: train_state.create(task.init(jax.random.key(0), frozen), tx)
+    )
+  shardings = sharding.infer_sharding(shapes, mesh)
+  wanted = jax.tree.map(lambda s: s.spec, shardings.params)
+  assert jax.tree.map(lambda s: s.spec, shardings.ema_params) == wanted
+  adam = shardings.opt_state["pixel_decoder"][1][0]
+  assert jax.tree.map(lambda s: s.spec, adam.mu) == wanted["pixel_decoder"]
+  sharded = [s for s in jax.tree.leaves(wanted) if any(s)]
+  assert len(sharded) > 10
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
+    (dict(data=3), "needs 3 devices, this job has 8"),
+    (dict(data=-1, fsdp=-1), "at most one"),
+    (dict(data=-1, fsdp=3), "set one axis to -1"),
+    (dict(data=0), "positive"),
+  ],
+)
+def test_bad_meshes(sizes, message):
+  with pytest.raises(ConfigError, match=message):
+    sharding.make_mesh(MeshConfig(**sizes), jax.devices())
+
+
+def test_batch_must_divide():
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices())
+  with pytest.raises(ConfigError, match=r"svae\.train\.batch_size=12.*8 would"):
+    sharding.check_batch(12, mesh, "svae.train.batch_size")
+
+
+def test_sharding_falls_back_where_a_dimension_does_not_divide():
+  mesh = sharding.make_mesh(MeshConfig(fsdp=8), jax.devices())
+  tree = {"fc1": {"kernel": jax.ShapeDtypeStruct((12, 16), jnp.float32)}}
+  spec = sharding.infer_sharding(tree, mesh)["fc1"]["kernel"].spec
+  assert spec == jax.sharding.PartitionSpec(None, "tensor")

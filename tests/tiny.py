@@ -1,0 +1,87 @@
+"""The smallest autoencoder job that has every part of the real one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from psvae_jax.models.vit import ViT, ViTConfig
+from psvae_jax.pretrained import encoder as encoder_lib
+
+VIT = ViTConfig(
+  width=16,
+  depth=2,
+  num_heads=2,
+  patch_size=8,
+  image_size=32,
+  mlp_ratio=2.0,
+  num_registers=1,
+)
+
+
+def randomise(params: Any, seed: int = 0, scale: float = 0.2) -> Any:
+  """Noise on every parameter: zeros and ones hide wrong wiring."""
+  leaves, tree = jax.tree.flatten(params)
+  rngs = jax.random.split(jax.random.key(seed), len(leaves))
+  noise = [
+    x + scale * jax.random.normal(rng, x.shape, x.dtype)
+    for x, rng in zip(leaves, rngs, strict=True)
+  ]
+  return jax.tree.unflatten(tree, noise)
+
+
+def save_encoder(folder: Path) -> Path:
+  """Writes a random encoder in the Hugging Face layout."""
+  images = jnp.zeros((1, 32, 32, 3))
+  params = ViT(VIT).init(jax.random.key(0), images)["params"]
+  encoder_lib.save_encoder(
+    folder,
+    VIT,
+    jax.device_get(randomise(params)),
+    encoder_lib.IMAGENET_MEAN,
+    encoder_lib.IMAGENET_STD,
+  )
+  return folder
+
+
+def config(encoder: Path, steps: int = 4) -> ml_collections.ConfigDict:
+  """Both stages on 40 × 40 scenes, of which the encoder sees 32 × 32."""
+  stage = dict(
+    train=dict(steps=steps, batch_size=8, log_every=1, ema=0.9),
+    optim=dict(name="adamw", learning_rate=1e-3, clip=1.0),
+    loss=dict(semantic=1.0, kl=1e-3, pixel=1.0, l1=1.0, mse=0.5),
+  )
+  section = dict(depth=1, mlp_hidden=0, from_encoder=True)
+  return ml_collections.ConfigDict(
+    dict(
+      stages=("svae", "psvae"),
+      seed=0,
+      data=dict(source="scenes", num_train=64, num_eval=12, num_threads=1),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      checkpoint=dict(every_steps=2, keep=2),
+      eval=dict(batch_size=8, num_images=12, num_samples=4, probe="none"),
+      compute=dict(dtype="float32", remat=False, unroll=2),
+      model=dict(
+        encoder=str(encoder),
+        image_size=32,
+        output_size=40,
+        channels=4,
+        semantic_encoder=section,
+        semantic_decoder=section,
+        pixel_decoder=dict(
+          kind="vit", width=16, depth=1, num_heads=2, overlap=2
+        ),
+      ),
+      svae=stage,
+      psvae=stage,
+    )
+  )
+
+
+def batch(size: int = 8, side: int = 40, seed: int = 0) -> dict[str, jax.Array]:
+  """Random uint8 images."""
+  rng = jax.random.key(seed)
+  images = jax.random.randint(rng, (size, side, side, 3), 0, 256, jnp.int32)
+  return {"image": images.astype(jnp.uint8)}
