@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     embed_dim=128,
   )
   c.encoder = dict(
-    train=dict(steps=3000, batch_size=64, log_every=50, ema=0.998),
+    train=dict(steps=1500, batch_size=64, log_every=50, ema=0.998),
     optim=dict(
       name="muon",
       learning_rate=0.01,

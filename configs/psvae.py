@@ -31,7 +31,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=200, keep=2)
   c.eval = dict(every_steps=0, batch_size=128, num_images=512, probe="scenes")
-  c.compute = dict(dtype="float32", remat=False, unroll=8)
+  c.compute = dict(dtype="float32", remat=False, unroll=1)
   c.model = dict(
     encoder="",  # the embedded one
     final_norm="affine",

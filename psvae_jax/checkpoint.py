@@ -20,6 +20,25 @@ class CheckpointError(RuntimeError):
   """A checkpoint cannot be used; the message says why and what to do."""
 
 
+def _handlers() -> Any:
+  """Names every item's handler: a manager that has not saved knows none."""
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  metadata = ocp.JsonCheckpointHandler()
+  state = ocp.StandardCheckpointHandler()
+  data = grain.checkpoint.CheckpointHandler()
+  for name, args, handler in (
+    ("metadata", ocp.args.JsonSave, metadata),
+    ("metadata", ocp.args.JsonRestore, metadata),
+    ("state", ocp.args.StandardSave, state),
+    ("state", ocp.args.StandardRestore, state),
+    ("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler()),
+    ("data", grain.checkpoint.CheckpointSave, data),
+    ("data", grain.checkpoint.CheckpointRestore, data),
+  ):
+    registry.add(name, args, handler)
+  return registry
+
+
 class Checkpointer:
   """Saves and restores one stage of a job.
 
@@ -40,6 +59,7 @@ class Checkpointer:
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.keep, step_prefix=None
       ),
+      handler_registry=_handlers(),
     )
 
   def latest_step(self) -> int | None:
@@ -150,7 +170,7 @@ def restore_ema(
       f"no checkpoint in {folder}: train the earlier stage first"
     )
   wanted = {name: abstract_params[name] for name in modules}
-  with ocp.CheckpointManager(folder) as manager:
+  with ocp.CheckpointManager(folder, handler_registry=_handlers()) as manager:
     step = manager.latest_step()
     meta = manager.restore(
       step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())

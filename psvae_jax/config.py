@@ -342,7 +342,8 @@ class ComputeConfig:
   """How the model is computed; changes speed and memory, not the function.
 
   Attributes:
-    dtype: "float32" or "bfloat16" for matrix products and activations.
+    dtype: "float32" or "bfloat16" for matrix products and activations;
+      "float64" where JAX runs in double precision.
     remat: recompute block activations in the backward pass.
     unroll: blocks per iteration of a scanned stack.
   """
@@ -377,7 +378,7 @@ class Config:
 
 _CHOICES = {
   "eval.probe": ("scenes", "none"),
-  "compute.dtype": ("float32", "bfloat16"),
+  "compute.dtype": ("float32", "bfloat16", "float64"),
   "model.final_norm": ("affine", "affine_free"),
   "model.pixel_decoder.kind": ("conv", "vit"),
   "*.optim.name": ("adamw", "muon"),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from psvae_jax.models.latent import DiagonalGaussian
+from psvae_jax.models.layers import wide
 
 # Inside the norms of the cosine: keeps the gradient finite at a zero vector.
 COSINE_EPS = 1e-6
@@ -107,7 +108,7 @@ def multiscale_gradient_loss(
       "scales."
     )
   error = pred - target
-  total = jnp.zeros((), jnp.float32)
+  total = jnp.zeros((), pred.dtype)
   for scale in range(scales):
     if scale:
       error = _halve(error)
@@ -123,7 +124,8 @@ def _pair(pred: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
       f"a loss compares arrays of one shape, got {pred.shape} and "
       f"{target.shape}"
     )
-  return pred.astype(jnp.float32), target.astype(jnp.float32)
+  dtype = wide(jnp.promote_types(pred.dtype, target.dtype))
+  return pred.astype(dtype), target.astype(dtype)
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -131,8 +133,8 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _kl(posterior: DiagonalGaussian) -> jax.Array:
-  mean = posterior.mean.astype(jnp.float32)
-  logvar = posterior.logvar.astype(jnp.float32)
+  mean = posterior.mean.astype(wide(posterior.mean.dtype))
+  logvar = posterior.logvar.astype(wide(posterior.logvar.dtype))
   # expm1: σ² − 1 − log σ² near σ = 1 would lose its leading digits.
   return 0.5 * (jnp.square(mean) + jnp.expm1(logvar) - logvar)
 

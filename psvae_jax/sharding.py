@@ -42,17 +42,17 @@ def make_mesh(
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
+  named = dict(zip(AXES, sizes, strict=True))
   if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ConfigError(
-      f"config.mesh={dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at "
-      "most one is -1"
+      f"config.mesh={named}: sizes are positive, and at most one is -1"
     )
   known = math.prod(s for s in sizes if s != -1)
   if -1 in sizes and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
     raise ConfigError(
-      f"config.mesh={dict(zip(AXES, sizes, strict=True))} needs {abs(math.prod(sizes))} "
+      f"config.mesh={named} needs {abs(math.prod(sizes))} "
       f"devices, this job has {len(devices)}; set one axis to -1"
     )
   return jax.make_mesh(

@@ -26,8 +26,9 @@ def encoder_folder(tmp_path_factory):
   return tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def make_task(encoder_folder, stage, decoder="vit"):
+def make_task(encoder_folder, stage, decoder="vit", dtype="float32"):
   raw = tiny.config(encoder_folder)
+  raw.compute.dtype = dtype
   raw[stage].optim.eps = 1e-3
   if decoder == "conv":
     raw.model.output_size = 32
@@ -43,8 +44,8 @@ def trained(encoder_folder, stage, decoder, mesh_name, x64, steps):
   count = 1 if mesh_name == "one" else 8
   sizes = {} if mesh_name == "one" else MESHES[mesh_name]
   mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-  task = make_task(encoder_folder, stage, decoder)
-  dtype = jnp.float64 if x64 else jnp.float32
+  dtype = "float64" if x64 else "float32"
+  task = make_task(encoder_folder, stage, decoder, dtype)
 
   def cast(tree):
     return jax.tree.map(lambda x: np.asarray(x, dtype), tree)
@@ -74,6 +75,17 @@ CASES = [
   ("psvae", "vit", "mixed"),
   ("psvae", "conv", "fsdp"),
 ]
+
+
+@pytest.mark.parametrize("stage, decoder, mesh_name", CASES)
+def test_float64_parameters_equal_after_3_steps(
+  encoder_folder, stage, decoder, mesh_name
+):
+  with jax.enable_x64(True):
+    one, _ = trained(encoder_folder, stage, decoder, "one", True, 3)
+    many, _ = trained(encoder_folder, stage, decoder, mesh_name, True, 3)
+  assert {x.dtype for x in jax.tree.leaves(one)} == {np.dtype("float64")}
+  chex.assert_trees_all_close(one, many, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("stage, decoder, mesh_name", CASES)

@@ -75,8 +75,8 @@ class Autoencoder:
     if side != self.config.image_size:
       images = resize_bicubic(images, (sizes[0], sizes[0]))
     unit = 0.5 * images + 0.5
-    mean = jnp.asarray(self.mean, jnp.float32)
-    std = jnp.asarray(self.std, jnp.float32)
+    mean = jnp.asarray(self.mean, images.dtype)
+    std = jnp.asarray(self.std, images.dtype)
     return self.encoder.apply({"params": params}, (unit - mean) / std)
 
   def posterior(self, params: Any, features: jax.Array) -> DiagonalGaussian:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psvae_jax.models.layers import wide
+
 # LDM's bounds: exp(20) still squares within float32, exp(-30) is no noise.
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -33,7 +35,7 @@ class DiagonalGaussian:
         "moments hold a mean and a log-variance for every channel, so their "
         f"last axis is even; got shape {moments.shape}"
       )
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    mean, logvar = jnp.split(moments.astype(wide(moments.dtype)), 2, axis=-1)
     return cls(mean=mean, logvar=jnp.clip(logvar, *LOGVAR_RANGE))
 
   def sample(self, rng: jax.Array) -> jax.Array:

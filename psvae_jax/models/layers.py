@@ -1,7 +1,7 @@
 """Transformer blocks shared by every vision model of the project.
 
 Contract: token arrays are (B, N, D). Parameters are float32; matrix products
-run in `dtype`; norms and softmax run in float32 whatever `dtype` is. The
+run in `dtype`; norms and softmax run in float32 or wider, see `wide`. The
 residual stream keeps `dtype`.
 
 The block is DINOv2's: pre-norm, LayerScale on both branches, MLP or SwiGLU.
@@ -27,6 +27,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "relu2": lambda x: jnp.square(nn.relu(x)),
   "silu": nn.silu,
 }
+
+
+def wide(dtype: Dtype) -> Dtype:
+  """`dtype`, but at least float32: for norms, losses and posteriors.
+
+  float64 stays what it is, so that a run in double precision is one throughout.
+  """
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ class BlockConfig:
 
 
 class LayerNorm(nn.Module):
-  """LayerNorm over the last axis, computed in float32, returned in `dtype`."""
+  """LayerNorm over the last axis, computed wide, returned in `dtype`."""
 
   epsilon: float = 1e-6
   affine: bool = True
@@ -68,10 +76,10 @@ class LayerNorm(nn.Module):
       use_bias=self.affine,
       use_scale=self.affine,
       use_fast_variance=False,  # E[x²] − E[x]² cancels for large means
-      dtype=jnp.float32,
+      dtype=wide(x.dtype),
       name="norm",
     )
-    return norm(x.astype(jnp.float32)).astype(self.dtype)
+    return norm(x.astype(wide(x.dtype))).astype(self.dtype)
 
 
 class Attention(nn.Module):

@@ -83,7 +83,7 @@ class ConvPixelDecoder(nn.Module):
         x = _conv3x3(width, self.dtype, f"up{level}_upsample")(x)
     x = nn.silu(_group_norm(x, "norm_out"))
     outputs = self.output_patch**2 * self.out_channels
-    x = _conv3x3(outputs, jnp.float32, "conv_out")(x)
+    x = _conv3x3(outputs, layers.wide(self.dtype), "conv_out")(x)
     return _depth_to_space(x, self.output_patch)
 
 
@@ -185,17 +185,17 @@ class ViTPixelDecoder(nn.Module):
       dtype=self.dtype,
       name="blocks",
     )(x.reshape(batch, height * width, dim))
-    epsilon = self.block.layer_norm_eps
-    x = layers.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name="norm")(x)
+    epsilon, wide = self.block.layer_norm_eps, layers.wide(self.dtype)
+    x = layers.LayerNorm(epsilon=epsilon, dtype=wide, name="norm")(x)
     outputs = reach * reach * self.out_channels
-    x = nn.Dense(outputs, dtype=jnp.float32, name="head")(x)
+    x = nn.Dense(outputs, dtype=wide, name="head")(x)
     x = x.reshape(batch, height, width, reach, reach, self.out_channels)
     image = overlap_add(x, self.overlap)
     if not self.refine_channels:
       return image
     y = _conv3x3(self.refine_channels, self.dtype, "refine_in")(image)
     y = nn.gelu(y, approximate=False)
-    return image + _conv3x3(self.out_channels, jnp.float32, "refine_out")(y)
+    return image + _conv3x3(self.out_channels, wide, "refine_out")(y)
 
 
 def last_layer(
@@ -278,14 +278,14 @@ def _conv3x3(features: int, dtype: layers.Dtype, name: str) -> nn.Conv:
 
 
 def _group_norm(x: jax.Array, name: str) -> jax.Array:
-  """GroupNorm in float32 with LDM's 32 groups, or as many as divide."""
+  """GroupNorm, computed wide, with LDM's 32 groups or as many as divide."""
   return nn.GroupNorm(
     num_groups=math.gcd(32, x.shape[-1]),
     epsilon=GROUP_NORM_EPS,
     use_fast_variance=False,
-    dtype=jnp.float32,
+    dtype=layers.wide(x.dtype),
     name=name,
-  )(x.astype(jnp.float32))
+  )(x.astype(layers.wide(x.dtype)))
 
 
 def _nearest_double(x: jax.Array) -> jax.Array:

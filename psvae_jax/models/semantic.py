@@ -57,7 +57,9 @@ class SemanticEncoder(nn.Module):
     x = nn.Dense(self.mlp_hidden, dtype=self.dtype, name="fc1")(x)
     x = nn.gelu(x, approximate=False)
     # float32: this product is small, and its output is the KL's argument.
-    x = nn.Dense(2 * self.channels, dtype=jnp.float32, name="fc2")(x)
+    x = nn.Dense(2 * self.channels, dtype=layers.wide(self.dtype), name="fc2")(
+      x
+    )
     return DiagonalGaussian.from_moments(
       x.reshape(batch, height, width, 2 * self.channels)
     )
@@ -100,7 +102,7 @@ class SemanticDecoder(nn.Module):
     x = layers.LayerNorm(
       epsilon=self.block.layer_norm_eps,
       affine=self.final_norm == "affine",
-      dtype=jnp.float32,
+      dtype=layers.wide(self.dtype),
       name="norm",
     )(x)
     return x.reshape(batch, height, width, dim)

@@ -205,6 +205,7 @@ class ViT(nn.Module):
     patches = layers.LayerNorm(
       epsilon=config.layer_norm_eps,
       affine=self.final_norm == "affine",
+      dtype=layers.wide(self.dtype),
       name="norm",
     )(patches)
     return patches.reshape(batch, rows, columns, width)

@@ -20,6 +20,7 @@ from psvae_jax.config import AutoencoderLossConfig, Config
 from psvae_jax.evaluators.autoencoder import AutoencoderEvaluator
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.models.latent import DiagonalGaussian
+from psvae_jax.models.layers import wide
 from psvae_jax.pretrained.encoder import load_encoder
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
 
@@ -126,7 +127,8 @@ def forward(
     images: uint8 (B, S, S, 3) at the product's size.
     rng: latent noise, drawn for the global batch.
   """
-  x = images.astype(jnp.float32) / 127.5 - 1.0
+  dtype = wide(model.encoder.dtype)
+  x = images.astype(dtype) / 127.5 - 1.0
   teacher = jax.lax.stop_gradient(model.features(frozen["teacher"], x))
   features = model.features(params[E], x) if E in route.trains else teacher
   posterior = model.posterior(params[SE], features)
@@ -147,7 +149,6 @@ def pixel_loss(
     weights: the stage's loss section.
     pred, target: (B, S, S, 3) float32 in [−1, 1].
   """
-  pred = pred.astype(jnp.float32)
   metrics = {
     "loss_l1": losses.l1_loss(pred, target),
     "loss_mse": jnp.mean(jnp.square(pred - target)),

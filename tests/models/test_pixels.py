@@ -213,6 +213,11 @@ def test_conv_decoder_remat_keeps_values_and_gradients():
   plain = _small_conv(channel_mult=(1,))
   other = _small_conv(channel_mult=(1,), remat=True)
   params = _params(plain, z)
+  for decoder in (plain, other):
+    equations = jax.make_jaxpr(decoder.apply)({"params": params}, z).eqns
+    primitives = {equation.primitive.name for equation in equations}
+    recomputes = bool(primitives & {"remat", "remat2", "checkpoint"})
+    assert recomputes == decoder.remat
 
   def gradient(decoder):
     def loss(params):
@@ -220,12 +225,8 @@ def test_conv_decoder_remat_keeps_values_and_gradients():
 
     return jax.jit(jax.grad(loss))(params)
 
-  expected, got = gradient(plain), gradient(other)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5),
-    expected,
-    got,
-  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+  jax.tree.map(close, gradient(plain), gradient(other))
 
 
 def test_bfloat16_compute_stays_close_and_returns_float32():
