@@ -12,7 +12,7 @@ python -m psvae_jax.main with the flags given. Two flags have defaults:
 
   --config=configs/psvae.py  the job; VARIANT and options follow a colon
   --workdir=runs/NAME        where it writes; NAME is the config's name with
-                             its variant and options (psvae, psvae-base, ...)
+                             its variant and options (psvae, psvae-photos, ...)
 
 A job that is run again with the same workdir resumes, and skips what is
 finished. Relative paths in flags start at the repository root, wherever the
@@ -25,9 +25,7 @@ Environment:
 Examples:
   bash launch/local.sh
   bash launch/local.sh --workdir=runs/short --config.svae.train.steps=100
-  bash launch/local.sh --config=configs/psvae.py:base
-  bash launch/local.sh --config=configs/t2i.py --workdir=runs/psvae
-                       # the generator, on the autoencoder of that workdir
+  bash launch/local.sh --config=configs/psvae.py:bundled
   PSVAE_EXTRA=none bash launch/local.sh      # CPU, though there is a GPU
 EOF
 }

@@ -1,17 +1,13 @@
-"""Typed, validated view of a job's config.
+"""Every field a config may have, with its meaning and default.
 
-A config file returns an `ml_collections.ConfigDict`; `parse` turns it into the
-frozen dataclasses below before anything is compiled. An unknown field, a wrong
-type or an impossible combination is a `ConfigError` that names the field, and
-the nearest valid name where there is one. Code reads these dataclasses only, so
-a field that is not declared here does not exist.
+A config file returns an `ml_collections.ConfigDict`; `config_parser.parse`
+turns it into the frozen dataclasses below before anything is compiled. Code
+reads these only, so a field that is not declared here does not exist.
 """
 
 import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -19,7 +15,7 @@ class ConfigError(ValueError):
   """The user's config cannot be run; the message says what to change."""
 
 
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
   valid = sorted(valid)
   close = difflib.get_close_matches(name, valid, n=1)
   if close:
@@ -27,10 +23,10 @@ def _nearest(name: str, valid: typing.Iterable[str]) -> str:
   return "valid: " + ", ".join(valid)
 
 
-def _one_of(field: str, value: str, valid: typing.Iterable[str]) -> None:
+def one_of(field: str, value: str, valid: Iterable[str]) -> None:
   if value not in valid:
     raise ConfigError(
-      f"config.{field}={value!r} is unknown; {_nearest(str(value), valid)}"
+      f"config.{field}={value!r} is unknown; {nearest(str(value), valid)}"
     )
 
 
@@ -69,9 +65,9 @@ class DataConfig:
   caption_variants: bool = True
 
   def __post_init__(self):
-    _one_of("data.source", self.source, ("scenes", "bundled", "folder"))
+    one_of("data.source", self.source, ("scenes", "bundled", "folder"))
     augments = ("none", "center", "crop", "crop_flip")
-    _one_of("data.augment", self.augment, augments)
+    one_of("data.augment", self.augment, augments)
     if self.source == "folder" and not self.root:
       raise ConfigError(
         "config.data.source='folder' needs a folder: pass "
@@ -374,149 +370,3 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   compute: ComputeConfig = ComputeConfig()
-
-
-_CHOICES = {
-  "eval.probe": ("scenes", "none"),
-  "compute.dtype": ("float32", "bfloat16", "float64"),
-  "model.final_norm": ("affine", "affine_free"),
-  "model.pixel_decoder.kind": ("conv", "vit"),
-  "*.optim.name": ("adamw", "muon"),
-  "*.optim.schedule": ("cosine", "linear", "constant"),
-  "*.loss.kl_reduction": ("mean", "sum"),
-  "*.loss.perceptual_kind": ("multiscale_gradient",),
-}
-
-
-def _coerce(value: Any, kind: Any, path: str) -> Any:
-  """Checks `value` against the annotation `kind`; widens int to float."""
-  if dataclasses.is_dataclass(kind):
-    return _build(kind, value, path)
-  origin = typing.get_origin(kind)
-  if origin is tuple:
-    if not isinstance(value, (list, tuple)):
-      raise ConfigError(f"config.{path} must be a tuple, got {value!r}")
-    item = typing.get_args(kind)[0]
-    return tuple(_coerce(v, item, f"{path}[{i}]") for i, v in enumerate(value))
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if kind is Any or isinstance(kind, types.UnionType):
-    return value
-  # bool is a subclass of int: `steps=True` is a mistake, not a number.
-  wrong_bool = isinstance(value, bool) and kind is not bool
-  if not isinstance(value, kind) or wrong_bool:
-    raise ConfigError(
-      f"config.{path} must be {kind.__name__}, got {value!r} "
-      f"({type(value).__name__})"
-    )
-  return value
-
-
-def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
-  """Builds dataclass `cls` from a mapping, strictly."""
-  hints = typing.get_type_hints(cls)
-  names = [f.name for f in dataclasses.fields(cls)]
-  if not isinstance(values, Mapping):
-    raise ConfigError(f"config.{path} must be a section, got {values!r}")
-  for name in values:
-    if name not in names:
-      raise ConfigError(
-        f"unknown config field config.{path}.{name}: {_nearest(name, names)}"
-      )
-  built = {
-    name: _coerce(values[name], hints[name], f"{path}.{name}")
-    for name in names
-    if name in values
-  }
-  return cls(**built)
-
-
-def _check_choices(config: Config) -> None:
-  for key, valid in _CHOICES.items():
-    head, _, tail = key.partition(".")
-    roots = config.sections if head == "*" else {head: getattr(config, head)}
-    for name, value in roots.items():
-      for part in tail.split("."):
-        value = getattr(value, part, None)
-        if value is None:
-          break
-      if value is not None:
-        _one_of(f"{name}.{tail}", value, valid)
-
-
-def _check_positive(config: Config) -> None:
-  counts = {
-    "checkpoint.every_steps": config.checkpoint.every_steps,
-    "checkpoint.keep": config.checkpoint.keep,
-    "eval.batch_size": config.eval.batch_size,
-    "eval.num_images": config.eval.num_images,
-    "compute.unroll": config.compute.unroll,
-  }
-  for stage, section in config.sections.items():
-    counts |= {
-      f"{stage}.train.steps": section.train.steps,
-      f"{stage}.train.batch_size": section.train.batch_size,
-      f"{stage}.train.log_every": section.train.log_every,
-    }
-  for name, value in counts.items():
-    if value < 1:
-      raise ConfigError(f"config.{name} must be at least 1, got {value}")
-  for stage, section in config.sections.items():
-    if not 0 <= section.train.ema < 1:
-      raise ConfigError(
-        f"config.{stage}.train.ema must be in [0, 1), got {section.train.ema}"
-      )
-
-
-def parse(config: Mapping[str, Any]) -> Config:
-  """Turns a raw config into the typed view, or raises `ConfigError`.
-
-  Args:
-    config: an `ml_collections.ConfigDict` or a nested mapping.
-
-  Returns:
-    The validated config.
-
-  Raises:
-    ConfigError: unknown field, wrong type, or a value out of its range.
-  """
-  raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-  raw.pop("workdir", None)  # where to write is main's business
-  stages = tuple(raw.pop("stages", ()))
-  if not stages:
-    raise ConfigError("config.stages is empty: name at least one stage")
-  for stage in stages:
-    if stage not in STAGES:
-      raise ConfigError(
-        f"unknown stage {stage!r} in config.stages: {_nearest(stage, STAGES)}"
-      )
-  if len(set(stages)) != len(stages):
-    raise ConfigError(f"config.stages names a stage twice: {stages}")
-  models = {STAGES[stage][0] for stage in stages}
-  if len(models) > 1:
-    raise ConfigError(f"config.stages={stages} cannot share one model section")
-  model = _build(models.pop(), raw.pop("model", {}), "model")
-  sections = {
-    stage: _build(STAGES[stage][1], raw.pop(stage, {}), stage)
-    for stage in stages
-  }
-  # A section of a stage that is not run this time is legal, but still checked.
-  for stage in [name for name in raw if name in STAGES]:
-    _build(STAGES[stage][1], raw.pop(stage), stage)
-  shared = {
-    f.name: f
-    for f in dataclasses.fields(Config)
-    if f.name not in ("stages", "sections", "model")
-  }
-  for name in raw:
-    if name not in shared:
-      raise ConfigError(
-        f"unknown config field config.{name}: "
-        f"{_nearest(name, [*shared, *STAGES, 'model', 'stages'])}"
-      )
-  hints = typing.get_type_hints(Config)
-  built = {name: _coerce(raw[name], hints[name], name) for name in raw}
-  parsed = Config(stages=stages, sections=sections, model=model, **built)
-  _check_choices(parsed)
-  _check_positive(parsed)
-  return parsed

@@ -39,13 +39,12 @@ def run(config, workdir: Path) -> dict:
   """
   import jax
 
-  from psvae_jax import config as config_lib
-  from psvae_jax import report, sharding, train, writers
+  from psvae_jax import config_parser, report, sharding, train, writers
   from psvae_jax.tasks import make_task
   from psvae_jax.tasks.base import EvalContext
 
   started = time.monotonic()
-  parsed = config_lib.parse(config)
+  parsed = config_parser.parse(config)
   mesh = sharding.make_mesh(parsed.mesh)
   workdir.mkdir(parents=True, exist_ok=True)
   chief = jax.process_index() == 0

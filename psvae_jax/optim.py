@@ -10,7 +10,7 @@ from psvae_jax.config import OptimConfig
 
 # First and last layers and lookup tables are not hidden matrices: Muon's
 # orthogonal update is meant for those only.
-_NOT_HIDDEN = ("patch_embed", "conv_out", "head", "embedding", "relative_bias")
+_NOT_HIDDEN = ("patch_embed", "conv_out", "embedding", "relative_bias")
 
 
 def make_schedule(config: OptimConfig, peak: float, steps: int):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from psvae_jax import config as config_lib
-from psvae_jax import optim, sharding, train, train_state
+from psvae_jax import config_parser, optim, sharding, train, train_state
 from psvae_jax.config import ConfigError, MeshConfig
 from psvae_jax.tasks.autoencoder import AutoencoderTask
 
@@ -35,7 +34,7 @@ def make_task(encoder_folder, stage, decoder="vit", dtype="float32"):
     raw.model.pixel_decoder = dict(
       kind="conv", channels=8, channel_mult=(1, 2), output_patch=4
     )
-  return AutoencoderTask(stage, config_lib.parse(raw), encoder_folder)
+  return AutoencoderTask(stage, config_parser.parse(raw), encoder_folder)
 
 
 @functools.cache

@@ -10,8 +10,7 @@ import pytest
 import tiny
 
 from psvae_jax import checkpoint as ckpt
-from psvae_jax import config as config_lib
-from psvae_jax import main, optim, sharding, train, train_state
+from psvae_jax import config_parser, main, optim, sharding, train, train_state
 from psvae_jax.config import MeshConfig
 from psvae_jax.tasks import make_task
 
@@ -37,7 +36,7 @@ def run(encoder_folder, workdir, stages=("svae", "psvae"), **train_changes):
   raw = tiny.config(encoder_folder)
   for stage in ("svae", "psvae"):
     raw[stage].train.update(train_changes)
-  config = config_lib.parse(raw)
+  config = config_parser.parse(raw)
   return {
     stage: train.run_stage(
       make_task(stage, config, workdir), config, make_mesh(), workdir
@@ -48,7 +47,7 @@ def run(encoder_folder, workdir, stages=("svae", "psvae"), **train_changes):
 
 def next_batch(encoder_folder, workdir, stage):
   """The batch a resumed run would take next."""
-  config = config_lib.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(tiny.config(encoder_folder))
   task = make_task(stage, config, workdir)
   iterator = train.make_train_iterator(task, config, stage)
   mesh = make_mesh()
@@ -115,7 +114,7 @@ def test_bridge_starts_stage_2_from_the_ema_of_stage_1(
   encoder_folder, finished
 ):
   workdir, results = finished
-  config = config_lib.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(tiny.config(encoder_folder))
   task = make_task("psvae", config, workdir)
   mesh = make_mesh()
   with jax.set_mesh(mesh):
@@ -138,7 +137,7 @@ def test_bridge_refuses_another_model(encoder_folder, finished):
   workdir, _ = finished
   raw = tiny.config(encoder_folder)
   raw.model.channels = 6
-  config = config_lib.parse(raw)
+  config = config_parser.parse(raw)
   task = make_task("psvae", config, workdir)
   with pytest.raises(ckpt.CheckpointError, match="another model"):
     train.run_stage(task, config, make_mesh(), workdir)
@@ -146,7 +145,7 @@ def test_bridge_refuses_another_model(encoder_folder, finished):
 
 def test_bridge_names_a_parameter_of_another_shape(encoder_folder, finished):
   workdir, _ = finished
-  config = config_lib.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(tiny.config(encoder_folder))
   task = make_task("psvae", config, workdir)
   leaf = jax.ShapeDtypeStruct(
     (3, 5), jnp.float32, sharding=sharding.replicated(make_mesh())
@@ -203,7 +202,7 @@ def test_non_finite_loss_stops_with_the_step(
     del args
     return params, {"loss": jnp.float32(np.nan)}
 
-  config = config_lib.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(tiny.config(encoder_folder))
   task = make_task("svae", config, tmp_path)
   monkeypatch.setattr(task, "gradients", poisoned)
   with pytest.raises(FloatingPointError, match="step 1"):

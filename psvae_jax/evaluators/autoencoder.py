@@ -177,7 +177,7 @@ class AutoencoderEvaluator:
       "eval/probe_accuracy_chance": self._scene_probe.chance(),
     }
     for name, value in trained.items():
-      if name != "accuracy":
+      if name.startswith("accuracy_"):
         metrics[f"eval/probe_{name}"] = value
     return metrics
 

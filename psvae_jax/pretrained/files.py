@@ -177,12 +177,15 @@ def write_safetensors(
   """
   path = pathlib.Path(path)
   temporary = path.with_name(path.name + ".tmp")
+  temporary.touch()
+  mode = temporary.stat().st_mode  # what the user's umask asks for
   safetensors.numpy.save_file(
     # The writer copies memory as it lies: transposed views must be packed.
     {key: np.asarray(value, order="C") for key, value in tensors.items()},
     temporary,
     metadata={"format": "pt", **(metadata or {})},
   )
+  temporary.chmod(mode)  # the writer makes files that only the owner reads
   os.replace(temporary, path)
 
 

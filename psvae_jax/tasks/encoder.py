@@ -5,10 +5,8 @@ caption alone, never the scene's ground truth:
 
 * contrastive: image and caption find each other among the batch's captions and
   hard negatives (the image's own caption with one thing wrong), CLIP's softmax
-  (arXiv 2103.00020);
-* words: the caption's words, as a set, from the mean of the patch tokens.
-
-Both read the patch tokens' mean, the very pooling that the probe reads.
+  (arXiv 2103.00020), on patch tokens pooled by learned queries;
+* words: the caption's words, as a set, each from the patches that show it.
 """
 
 import dataclasses
@@ -41,30 +39,49 @@ from psvae_jax.pretrained.encoder import (
   IMAGENET_STD,
   save_encoder,
 )
+from psvae_jax.pretrained.tokenizer import (
+  SPECIAL_TOKENS,
+  Tokenizer,
+  train_tokenizer,
+)
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
 
 MAX_SCALE = 100.0  # CLIP's bound on the logit scale
-SPECIAL_TOKENS = 3  # padding, end, unknown: see `train_tokenizer`
 
 
 class Heads(nn.Module):
   """Projections that only training uses.
 
+  Both read single patch tokens before they pool. Losses on the tokens' mean
+  would make every token repeat the image's summary, and none say what is
+  where.
+
   Attributes:
     embed_dim: dimension of the shared image-text space.
     vocab_size: words to predict.
+    num_queries: learned queries that pool the image for the contrastive loss.
   """
 
   embed_dim: int
   vocab_size: int
+  num_queries: int = 4
 
   @nn.compact
   def __call__(
-    self, image: jax.Array, text: jax.Array
+    self, tokens: jax.Array, text: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(B, D), (T, D) → unit embeddings, word logits (B, V), logit scale."""
+    """Patch tokens (B, N, D) and texts (T, D) to what the losses read.
+
+    Returns:
+      unit image embeddings (B, K), unit text embeddings (T, K), word logits
+      (B, V) and the logit scale.
+    """
+    scores = nn.Dense(self.num_queries, name="queries")(tokens)
+    weights = jax.nn.softmax(scores, axis=1)
+    pooled = jnp.einsum("bnq,bnd->bqd", weights, tokens)
+    pooled = pooled.reshape(tokens.shape[0], -1)
     dense = nn.Dense(self.embed_dim, use_bias=False, name="image")
-    image_embed = _unit(dense(image))
+    image_embed = _unit(dense(pooled))
     text_embed = _unit(
       nn.Dense(self.embed_dim, use_bias=False, name="text")(text)
     )
@@ -73,7 +90,10 @@ class Heads(nn.Module):
       self.vocab_size,
       bias_init=nn.initializers.constant(-4.0),
       name="words",
-    )(image)
+    )(tokens)
+    # A word is in the picture if some patch shows it: log-mean-exp is a soft
+    # maximum over patches (multiple-instance learning).
+    words = jax.nn.logsumexp(words, axis=1) - np.log(tokens.shape[1])
     log_scale = self.param(
       "log_scale", nn.initializers.constant(np.log(10.0)), ()
     )
@@ -115,12 +135,12 @@ def word_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
   Args:
     logits: (B, V).
-    tokens: (B, L); ids below `SPECIAL_TOKENS` are not words.
+    tokens: (B, L); those of `SPECIAL_TOKENS` are not words.
   """
   vocab = logits.shape[-1]
   present = jax.nn.one_hot(tokens, vocab).max(axis=1)
   losses = optax.sigmoid_binary_cross_entropy(logits, present)
-  is_word = jnp.arange(vocab) >= SPECIAL_TOKENS
+  is_word = jnp.arange(vocab) >= len(SPECIAL_TOKENS)
   return jnp.mean(jnp.sum(losses * is_word, axis=-1))
 
 
@@ -129,7 +149,7 @@ class CaptionTransform:
   """Tokenises the caption of an element and a foil of its scene."""
 
   source: SceneSource
-  tokenizer: text_files.Tokenizer
+  tokenizer: Tokenizer
 
   def __call__(
     self, element: dict[str, Any], rng: np.random.Generator
@@ -170,10 +190,8 @@ class EncoderTask:
     self._vit_config = ViTConfig(**dataclasses.asdict(model.vision))
     self._folder = Path(workdir) / stage / "export"
     text_folder = self._folder / "text_encoder"
-    text_files.train_tokenizer(
-      corpus(), text_folder, vocab_size=model.text.vocab_size
-    )
-    self.tokenizer = text_files.Tokenizer(
+    train_tokenizer(corpus(), text_folder, vocab_size=model.text.vocab_size)
+    self.tokenizer = Tokenizer(
       str(text_folder), max_length=model.text.max_length
     )
     self._text_config = T5Config(
@@ -215,7 +233,7 @@ class EncoderTask:
       "text_encoder": self.text.init(rngs[1], tokens, tokens == 0),
       "heads": self.heads.init(
         rngs[2],
-        jnp.zeros((1, self._vit_config.width)),
+        jnp.zeros((1, 1, self._vit_config.width)),
         jnp.zeros((1, self._text_config.d_model)),
       ),
     }
@@ -224,22 +242,27 @@ class EncoderTask:
   def _embed(
     self, params: Params, batch: Batch
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    pooled = self._pooled_fn(params["encoder"], batch["image"])["features"]
+    images = self._patch_tokens(params["encoder"], batch["image"])
+    images = images.reshape(images.shape[0], -1, images.shape[-1])
     # (B, 2, L) → captions first, then foils.
     tokens = _captions_then_foils(batch["tokens"])
     mask = _captions_then_foils(batch["token_mask"])
     states = self.text.apply({"params": params["text_encoder"]}, tokens, mask)
     weights = mask[..., None].astype(jnp.float32)
     text = (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
-    return self.heads.apply({"params": params["heads"]}, pooled, text)
+    return self.heads.apply({"params": params["heads"]}, images, text)
+
+  def _patch_tokens(self, params: Params, images: jax.Array) -> jax.Array:
+    """uint8 (B, S, S, 3) → (B, h, w, D)."""
+    unit = images.astype(jnp.float32) / 255.0
+    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
+    return self.vision.apply({"params": params}, (unit - mean) / std)
 
   def _pooled_fn(
     self, params: Params, images: jax.Array
   ) -> dict[str, jax.Array]:
-    unit = images.astype(jnp.float32) / 255.0
-    mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
-    tokens = self.vision.apply({"params": params}, (unit - mean) / std)
-    return {"features": tokens.mean(axis=(1, 2))}
+    pooled = self._patch_tokens(params, images).mean(axis=(1, 2))
+    return {"features": sharding.constrain(pooled)}
 
   def gradients(
     self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
@@ -286,8 +309,9 @@ class EncoderTask:
       lambda images: self._pooled(params["encoder"], images), context.mesh
     )["features"]
     metrics = {
-      "eval/probe_accuracy": scores.pop("accuracy"),
-      **{f"eval/probe_{name}": value for name, value in scores.items()},
+      f"eval/probe_{name}": value
+      for name, value in scores.items()
+      if name.startswith("accuracy")
     }
     means = MeanAccumulator()
     size = self.config.eval.batch_size
@@ -331,7 +355,7 @@ class EncoderTask:
     provenance = {
       "what": "the embedded miniature's encoders, trained on scenes",
       "command": "python -m psvae_jax.main --config=configs/encoder.py",
-      "arguments": sys.argv[1:],
+      "overrides": [a for a in sys.argv if a.startswith("--config.")],
       "config": dataclasses.asdict(self.config),
       "python": platform.python_version(),
       "jax": jax.__version__,

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from psvae_jax.models import text as models_text
 from psvae_jax.pretrained import text
+from psvae_jax.pretrained import tokenizer as tokenizer_lib
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +56,7 @@ def random_params(config):
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("tokenizer")
-  text.train_tokenizer(CORPUS, folder, 300)
+  tokenizer_lib.train_tokenizer(CORPUS, folder, 300)
   return folder
 
 
@@ -66,7 +67,7 @@ def folder(tmp_path, tokenizer_folder):
     tmp_path / "encoder",
     CONFIG,
     random_params(CONFIG),
-    text.Tokenizer(str(tokenizer_folder), 12),
+    tokenizer_lib.Tokenizer(str(tokenizer_folder), 12),
   )
   return tmp_path / "encoder"
 
@@ -96,7 +97,7 @@ def test_transformers_reads_what_is_saved(
   torch = pytest.importorskip("torch")
   config = dataclasses.replace(CONFIG, feed_forward_proj=projection)
   params = random_params(config)
-  tokenizer = text.Tokenizer(str(tokenizer_folder), 12)
+  tokenizer = tokenizer_lib.Tokenizer(str(tokenizer_folder), 12)
   text.save_text_encoder(tmp_path, config, params, tokenizer)
 
   model, info = transformers.T5EncoderModel.from_pretrained(
@@ -186,7 +187,7 @@ def test_fingerprint_changes_with_what_changes_features(folder):
 
   edit_tensors(folder, edit)
   seen.add(fingerprint())
-  text.train_tokenizer(CORPUS, folder, 290)
+  tokenizer_lib.train_tokenizer(CORPUS, folder, 290)
   seen.add(fingerprint())
   assert len(seen) == 5
 
@@ -261,7 +262,7 @@ def test_saving_checks_parameters_first(tmp_path):
 
 
 def test_saving_over_the_tokenizers_own_folder(folder):
-  tokenizer = text.Tokenizer(str(folder), 12)
+  tokenizer = tokenizer_lib.Tokenizer(str(folder), 12)
   before = tokenizer.fingerprint
   text.save_text_encoder(folder, CONFIG, random_params(CONFIG), tokenizer)
   assert tokenizer.fingerprint == before
@@ -280,7 +281,7 @@ STRINGS = [
 
 
 def test_tokenizer_round_trip(tokenizer_folder):
-  tokenizer = text.Tokenizer(str(tokenizer_folder), 128)
+  tokenizer = tokenizer_lib.Tokenizer(str(tokenizer_folder), 128)
   tokens, mask = tokenizer(STRINGS)
   assert tokens.dtype == np.int32 and mask.dtype == np.bool_
   assert tokens.shape == mask.shape == (len(STRINGS), 128)
@@ -293,19 +294,19 @@ def test_tokenizer_round_trip(tokenizer_folder):
 
 
 def test_tokenizer_learns_words(tokenizer_folder):
-  tokens, mask = text.Tokenizer(str(tokenizer_folder), 64)(CORPUS)
+  tokens, mask = tokenizer_lib.Tokenizer(str(tokenizer_folder), 64)(CORPUS)
   assert mask.sum() < 0.5 * sum(len(caption) for caption in CORPUS)
 
 
 def test_truncation_keeps_the_end(tokenizer_folder):
-  long, _ = text.Tokenizer(str(tokenizer_folder), 40)(["xyz" * 4])
-  tokens, mask = text.Tokenizer(str(tokenizer_folder), 5)(["xyz" * 4])
+  long, _ = tokenizer_lib.Tokenizer(str(tokenizer_folder), 40)(["xyz" * 4])
+  tokens, mask = tokenizer_lib.Tokenizer(str(tokenizer_folder), 5)(["xyz" * 4])
   assert mask.all()
   assert tokens[0].tolist() == [*long[0, :4], 1]
 
 
 def test_tokenizer_is_picklable_and_small(tokenizer_folder):
-  tokenizer = text.Tokenizer(str(tokenizer_folder), 16)
+  tokenizer = tokenizer_lib.Tokenizer(str(tokenizer_folder), 16)
   expected, _ = tokenizer(CORPUS)
   content = pickle.dumps(tokenizer)  # after use: the vocabulary stays behind
   assert len(content) < 500
@@ -315,7 +316,7 @@ def test_tokenizer_is_picklable_and_small(tokenizer_folder):
 
 
 def test_no_captions(tokenizer_folder):
-  tokens, mask = text.Tokenizer(str(tokenizer_folder), 16)([])
+  tokens, mask = tokenizer_lib.Tokenizer(str(tokenizer_folder), 16)([])
   assert tokens.shape == mask.shape == (0, 16)
 
 
@@ -331,20 +332,20 @@ def test_autotokenizer_needs_no_sentencepiece(folder, monkeypatch):
 
 
 def test_training_is_deterministic(tmp_path, tokenizer_folder):
-  size = text.train_tokenizer(iter(CORPUS), tmp_path, 300)
+  size = tokenizer_lib.train_tokenizer(iter(CORPUS), tmp_path, 300)
   assert size == 300
   for path in tokenizer_folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_training_on_little_text(tmp_path):
-  assert text.train_tokenizer(["ab ab"], tmp_path, 5000) == 256 + 3 + 1
+  assert tokenizer_lib.train_tokenizer(["ab ab"], tmp_path, 5000) == 256 + 3 + 1
   with pytest.raises(ValueError, match="vocab_size 258"):
-    text.train_tokenizer(CORPUS, tmp_path, 258)
+    tokenizer_lib.train_tokenizer(CORPUS, tmp_path, 258)
 
 
 def test_caption_errors(tokenizer_folder):
-  tokenizer = text.Tokenizer(str(tokenizer_folder), 16)
+  tokenizer = tokenizer_lib.Tokenizer(str(tokenizer_folder), 16)
   with pytest.raises(ValueError, match="not one string"):
     tokenizer("a red circle")
   with pytest.raises(ValueError, match="caption 1 is not a string: 3"):
@@ -352,9 +353,9 @@ def test_caption_errors(tokenizer_folder):
   with pytest.raises(ValueError, match="caption 1 is not valid Unicode"):
     tokenizer(["a", "\ud800"])
   with pytest.raises(ValueError, match="max_length must be positive"):
-    text.Tokenizer(str(tokenizer_folder), 0)
+    tokenizer_lib.Tokenizer(str(tokenizer_folder), 0)
   with pytest.raises(ValueError, match="not one string"):
-    text.train_tokenizer("abc", "unused")
+    tokenizer_lib.train_tokenizer("abc", "unused")
 
 
 def test_tokenizers_that_cannot_serve(tokenizer_folder, tmp_path):
@@ -365,7 +366,7 @@ def test_tokenizers_that_cannot_serve(tokenizer_folder, tmp_path):
       raw = json.loads(path.read_text())
       edit(path.name, raw)
       (folder / path.name).write_text(json.dumps(raw))
-    return text.Tokenizer(str(folder), 8)
+    return tokenizer_lib.Tokenizer(str(folder), 8)
 
   def no_end(name, raw):
     if name == "tokenizer.json":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from psvae_jax import config as config_lib
+from psvae_jax import config_parser
 from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer
 from psvae_jax.tasks import autoencoder
@@ -24,7 +24,7 @@ def encoder_folder(tmp_path_factory):
 def make_task(encoder_folder, stage, **loss):
   raw = tiny.config(encoder_folder)
   raw[stage].loss.update(loss)
-  return AutoencoderTask(stage, config_lib.parse(raw), encoder_folder)
+  return AutoencoderTask(stage, config_parser.parse(raw), encoder_folder)
 
 
 def all_params(task):
@@ -180,7 +180,7 @@ def test_fingerprint_is_of_the_model_alone(encoder_folder):
     for key, value in changes.items():
       section, name = key.split("__")
       raw[section][name] = value
-    parsed = config_lib.parse(raw)
+    parsed = config_parser.parse(raw)
     return AutoencoderTask("svae", parsed, encoder_folder).fingerprint
 
   same = fingerprint()

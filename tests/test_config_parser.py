@@ -6,7 +6,7 @@ import runpy
 import pytest
 import tiny
 
-from psvae_jax import config as config_lib
+from psvae_jax import config_parser
 from psvae_jax.config import ConfigError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ def parse(**changes):
     for section in sections:
       target = target[section]
     target[name] = value
-  return config_lib.parse(raw)
+  return config_parser.parse(raw)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_shipped_configs_parse(name, variant):
   config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"](variant)
   if config.data.source == "folder":
     config.data.root = "photos"
-  parsed = config_lib.parse(config)
+  parsed = config_parser.parse(config)
   assert parsed.stages
   assert set(parsed.sections) == set(parsed.stages)
 
