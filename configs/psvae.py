@@ -30,7 +30,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.data = dict(source="scenes", root="", eval_root="")
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=250, keep=2)
-  c.eval = dict(every_steps=500, batch_size=128, num_images=512, probe="scenes")
+  c.eval = dict(every_steps=400, batch_size=128, num_images=512, probe="scenes")
   c.compute = dict(dtype="float32", remat=False, unroll=1)
   c.model = dict(
     encoder="",  # the embedded one
@@ -50,8 +50,8 @@ def _miniature() -> ml_collections.ConfigDict:
       refine_channels=0,
     ),
   )
-  c.svae = _stage(steps=300, batch_size=64, learning_rate=0.01)
-  c.psvae = _stage(steps=1600, batch_size=32, learning_rate=0.006)
+  c.svae = _stage(steps=500, batch_size=64, learning_rate=0.01)
+  c.psvae = _stage(steps=1200, batch_size=32, learning_rate=0.006)
   c.psvae.loss.semantic = 0.1  # paper section 4.4: L_s : L_p = 0.1 : 1
   return c
 

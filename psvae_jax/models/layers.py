@@ -82,6 +82,21 @@ class LayerNorm(nn.Module):
     return norm(x.astype(wide(x.dtype))).astype(self.dtype)
 
 
+def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Softmax attention, heads apart: three (B, N, H, d) → (B, N, H, d).
+
+  Logits and softmax are wide. `jax.nn.dot_product_attention` fixes them at
+  float32, which a run in float64 would not survive.
+  """
+  dtype = wide(query.dtype)
+  scale = query.shape[-1] ** -0.5
+  logits = jnp.einsum(
+    "bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype
+  )
+  weights = jax.nn.softmax(scale * logits, axis=-1).astype(value.dtype)
+  return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
 class Attention(nn.Module):
   """Multi-head self-attention: (B, N, D) → (B, N, D)."""
 
@@ -107,7 +122,7 @@ class Attention(nn.Module):
       return dense(x).reshape(heads)
 
     query, key, value = project("query"), project("key"), project("value")
-    out = jax.nn.dot_product_attention(query, key, value)
+    out = attend(query, key, value)
     out = out.reshape(batch, length, width)
     return nn.Dense(width, dtype=self.dtype, name="out")(out)
 

@@ -29,7 +29,7 @@ def make_task(encoder_folder, stage, **loss):
 
 def all_params(task):
   """Random parameters of every module, trained in this stage or not."""
-  params = task.model.init(jax.random.key(1), task.frozen["teacher"])
+  params = jax.jit(task.model.init)(jax.random.key(1), task.frozen["teacher"])
   params["encoder"] = task.frozen["teacher"]
   return tiny.randomise({name: params[name] for name in MODULES}, seed=2)
 
@@ -95,7 +95,7 @@ def test_every_parameter_of_a_trained_module_moves(encoder_folder):
 def step_once(task, params=None):
   tx = make_optimizer(task.section.optim, 10, task.multipliers)
   if params is None:
-    params = task.init(jax.random.key(0), task.frozen)
+    params = jax.jit(task.init)(jax.random.key(0), task.frozen)
   state = create(params, tx)
   step = jax.jit(make_train_step(task, tx, 0.9))
   return step(state, task.frozen, tiny.batch(), jax.random.key(0))[0]
@@ -128,7 +128,7 @@ def test_teacher_is_unchanged_by_ten_steps(encoder_folder):
   task = make_task(encoder_folder, "psvae")
   before = jax.tree.map(np.array, task.frozen)
   tx = make_optimizer(task.section.optim, 10, task.multipliers)
-  state = create(task.init(jax.random.key(0), task.frozen), tx)
+  state = create(jax.jit(task.init)(jax.random.key(0), task.frozen), tx)
   step = jax.jit(make_train_step(task, tx, 0.9), donate_argnums=0)
   frozen = jax.tree.map(jnp.asarray, task.frozen)
   for seed in range(10):
@@ -140,7 +140,7 @@ def test_teacher_is_unchanged_by_ten_steps(encoder_folder):
 
 def test_stage_2_starts_at_the_teacher_with_finite_gradients(encoder_folder):
   task = make_task(encoder_folder, "psvae")
-  params = task.init(jax.random.key(0), task.frozen)
+  params = jax.jit(task.init)(jax.random.key(0), task.frozen)
   grads, metrics = jax.jit(task.gradients)(
     params, task.frozen, tiny.batch(), jax.random.key(0)
   )
@@ -150,7 +150,7 @@ def test_stage_2_starts_at_the_teacher_with_finite_gradients(encoder_folder):
 
 def test_semantic_blocks_start_from_the_encoder(encoder_folder):
   task = make_task(encoder_folder, "svae")
-  params = task.init(jax.random.key(0), task.frozen)
+  params = jax.jit(task.init)(jax.random.key(0), task.frozen)
   last = jax.tree.map(lambda x: x[-1:], task.frozen["teacher"]["blocks"])
   chex.assert_trees_all_equal(params["semantic_encoder"]["blocks"], last)
   chex.assert_trees_all_equal(params["semantic_decoder"]["blocks"], last)
