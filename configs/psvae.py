@@ -87,6 +87,9 @@ def _photos() -> ml_collections.ConfigDict:
   c = _miniature()
   c.data = dict(source="folder", root="", eval_root="", augment="crop_flip")
   c.eval.probe = "none"
+  c.eval.every_steps = 0
+  c.svae.train.steps = 300  # 64 tokens an image, not 36
+  c.psvae.train.steps = 900
   c.model.image_size = 64
   c.model.output_size = 64
   return c

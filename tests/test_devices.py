@@ -32,7 +32,11 @@ def make_task(encoder_folder, stage, decoder="vit", dtype="float32"):
   if decoder == "conv":
     raw.model.output_size = 32
     raw.model.pixel_decoder = dict(
-      kind="conv", channels=8, channel_mult=(1, 2), output_patch=4
+      kind="conv",
+      channels=8,
+      channel_mult=(1, 1),
+      num_res_blocks=1,
+      output_patch=4,
     )
   return AutoencoderTask(stage, config_parser.parse(raw), encoder_folder)
 
@@ -103,8 +107,9 @@ def test_float32_gradients_and_parameters_equal(
   def check(path, a, b):
     name = jax.tree_util.keystr(path)
     error = np.linalg.norm(a - b)
-    # A key bias shifts all logits of a query alike: its true gradient is 0.
-    if "key" in name and "bias" in name:
+    # True gradient 0: a key bias shifts all logits of a query alike, and a
+    # GroupNorm of one channel a group takes the bias before it away.
+    if name.endswith(("['key']['bias']", "['conv1']['bias']")):
       assert error <= 1e-6 * scale, name
     else:
       assert error <= 1e-5 * np.linalg.norm(a), name

@@ -85,7 +85,7 @@ def tiny_config():
           depth=1,
           num_heads=2,
           mlp_hidden=16,
-          vocab_size=320,
+          vocab_size=512,
           max_length=24,
         ),
         embed_dim=8,
