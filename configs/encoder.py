@@ -8,6 +8,8 @@ provenance.json, is what ships in `psvae_jax/assets/`.
 
 import ml_collections
 
+from psvae_jax.config_parser import with_defaults
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   if arg:
@@ -51,4 +53,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     ),
     loss=dict(contrastive=1.0, words=1.0),
   )
-  return c
+  return ml_collections.ConfigDict(with_defaults(c))

@@ -11,6 +11,8 @@
 
 import ml_collections
 
+from psvae_jax.config_parser import with_defaults
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   """Returns the config of a variant: "", "photos" or "bundled"."""
@@ -20,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       f"configs/psvae.py has no variant {arg!r}; there are "
       + ", ".join(repr(name) for name in variants)
     )
-  return variants[arg]()
+  return ml_collections.ConfigDict(with_defaults(variants[arg]()))
 
 
 def _miniature() -> ml_collections.ConfigDict:

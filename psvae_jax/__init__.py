@@ -1,6 +1,22 @@
-"""PS-VAE (arXiv 2512.17909) in JAX: the public API, and nothing else."""
+"""PS-VAE (arXiv 2512.17909) in JAX: the public API, and nothing else.
 
-from psvae_jax.pretrained.encoder import Encoder as Encoder
-from psvae_jax.pretrained.encoder import load_encoder as load_encoder
+Names load on first use, so that a config file can import `psvae_jax` without
+importing JAX.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+  "Encoder": "psvae_jax.pretrained.encoder",
+  "load_encoder": "psvae_jax.pretrained.encoder",
+}
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _PUBLIC:
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+  raise AttributeError(f"module 'psvae_jax' has no attribute {name!r}")

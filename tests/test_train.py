@@ -1,6 +1,9 @@
 """The loop end to end: resume, the bridge, device counts, one compilation."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -10,8 +13,9 @@ import pytest
 import tiny
 
 from psvae_jax import checkpoint as ckpt
-from psvae_jax import config_parser, main, optim, sharding, train, train_state
+from psvae_jax import config_parser, main, optim, sharding, train
 from psvae_jax.config import MeshConfig
+from psvae_jax.pretrained.encoder import load_encoder
 from psvae_jax.tasks import make_task
 
 
@@ -54,14 +58,7 @@ def next_batch(encoder_folder, workdir, stage):
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
     tx = optim.make_optimizer(config.sections[stage].optim, 4, task.multipliers)
-    shapes = jax.eval_shape(
-      lambda: train_state.create(task.init(jax.random.key(0), frozen), tx)
-    )
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      sharding.infer_sharding(shapes, mesh),
-    )
+    abstract = train.abstract_state(task, tx, frozen, mesh)
     checkpointer = ckpt.Checkpointer(
       workdir / stage / "checkpoints", config.checkpoint, task.fingerprint
     )
@@ -165,6 +162,13 @@ def test_stage_2_without_stage_1_says_so(encoder_folder, tmp_path):
     run(encoder_folder, tmp_path, stages=("psvae",))
 
 
+def test_frozen_encoder_is_saved_once(encoder_folder, finished):
+  workdir, _ = finished
+  (folder,) = (workdir / "frozen").iterdir()
+  original, saved = (load_encoder(f) for f in (encoder_folder, folder))
+  chex.assert_trees_all_equal(saved.params, original.params)
+
+
 def test_keeps_the_newest_checkpoints(finished):
   workdir, _ = finished
   folder = workdir / "svae" / "checkpoints"
@@ -209,6 +213,34 @@ def test_non_finite_loss_stops_with_the_step(
     train.run_stage(task, config, make_mesh(), tmp_path)
 
 
+def test_diverged_state_is_not_saved(encoder_folder, tmp_path, monkeypatch):
+  """A bad gradient behind a good loss, on a step that nobody logs."""
+  raw = tiny.config(encoder_folder)
+  raw.svae.train.log_every = 100
+  config = config_parser.parse(raw)
+  task = make_task("svae", config, tmp_path)
+  gradients = task.gradients
+
+  def poisoned(*args):
+    grads, metrics = gradients(*args)
+    return jax.tree.map(lambda g: g * jnp.nan, grads), metrics
+
+  monkeypatch.setattr(task, "gradients", poisoned)
+  with pytest.raises(FloatingPointError, match="step 2 .*grad_norm"):
+    train.run_stage(task, config, make_mesh(), tmp_path)
+  assert not ckpt.has_checkpoint(tmp_path / "svae" / "checkpoints")
+
+
+def test_changed_optimizer_is_a_clear_error(encoder_folder, tmp_path):
+  run(encoder_folder, tmp_path, stages=("svae",))
+  raw = tiny.config(encoder_folder, steps=6)
+  raw.svae.optim.clip = 0.0
+  config = config_parser.parse(raw)
+  task = make_task("svae", config, tmp_path)
+  with pytest.raises(ckpt.CheckpointError, match=r"optim\.clip"):
+    train.run_stage(task, config, make_mesh(), tmp_path)
+
+
 def test_main_runs_the_job_and_skips_what_is_done(
   encoder_folder, tmp_path, monkeypatch
 ):
@@ -234,3 +266,36 @@ def test_main_runs_the_job_and_skips_what_is_done(
 
   monkeypatch.setattr(train, "run_stage", fail)
   assert main.run(raw, tmp_path) == summary
+  raw.model.channels = 6
+  with pytest.raises(ckpt.CheckpointError, match="another model"):
+    main.run(raw, tmp_path)
+  assert (
+    json.loads((tmp_path / "config.json").read_text())["model"]["channels"] == 4
+  )
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--config=configs/nothing.py"], "nothing.py"),
+    (["--config=configs/psvae.py:nothing"], "no variant 'nothing'"),
+    (["--config=configs/psvae.py", "--config.svae.train.stepz=3"], "stepz"),
+    (["--config=configs/psvae.py", "--config.data.source=scene"], "'scenes'"),
+    (["--config=configs/psvae.py:photos"], "--config.data.root=FOLDER"),
+    (
+      ["--config=configs/psvae.py:photos", "--config.data.root=nowhere"],
+      "nowhere",
+    ),
+    ([], "--config is missing"),
+  ],
+)
+def test_a_users_mistake_is_one_clear_line(flags, message, tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-m", "psvae_jax.main", f"--workdir={tmp_path}", *flags],
+    cwd=pathlib.Path(__file__).resolve().parents[1],
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 1
+  assert message in result.stderr
+  assert "Traceback" not in result.stderr

@@ -120,7 +120,7 @@ class AttentionBlock(nn.Module):
       return dense(y)[:, :, None]  # one head
 
     query, key, value = project("query"), project("key"), project("value")
-    y = jax.nn.dot_product_attention(query, key, value)[:, :, 0]
+    y = layers.attend(query, key, value)[:, :, 0]
     y = nn.Dense(channels, dtype=self.dtype, name="out")(y)
     return x + y.reshape(x.shape)
 

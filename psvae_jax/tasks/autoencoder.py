@@ -21,7 +21,7 @@ from psvae_jax.evaluators.autoencoder import AutoencoderEvaluator
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.models.latent import DiagonalGaussian
 from psvae_jax.models.layers import wide
-from psvae_jax.pretrained.encoder import load_encoder
+from psvae_jax.pretrained.encoder import load_encoder, save_encoder
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
 
 E = "encoder"
@@ -189,6 +189,7 @@ class AutoencoderTask:
       encoder.mean,
       encoder.std,
     )
+    self._encoder = encoder
     self.frozen = {"teacher": encoder.params}
     self.fingerprint = fingerprint(config, encoder)
     self.image_size = config.model.output_size
@@ -263,7 +264,17 @@ class AutoencoderTask:
   def export(
     self, params: Params, metrics: dict[str, float], workdir: Path
   ) -> None:
-    """Checkpoints hold all there is to keep."""
+    """Saves E as it was loaded, once: stage 1's checkpoints do not hold it."""
+    folder = workdir / "frozen" / self._encoder.fingerprint[:16]
+    if not (folder / "config.json").exists():  # written last
+      encoder = self._encoder
+      save_encoder(
+        folder,
+        encoder.module.config,
+        encoder.params,
+        encoder.mean,
+        encoder.std,
+      )
 
 
 EMBEDDED_ENCODER = Path(__file__).parent.parent / "assets" / "encoder"

@@ -314,19 +314,19 @@ class EncoderTask:
       if name.startswith("accuracy")
     }
     means = MeanAccumulator()
-    size = self.config.eval.batch_size
-    count = self.config.eval.num_images // size * size
-    source = SceneSource("validation", max(count, size), self.image_size)
+    size, count = self.config.eval.batch_size, self.config.eval.num_images
+    source = SceneSource("validation", count, self.image_size)
     transform = CaptionTransform(source, self.tokenizer)
-    for start in range(0, len(source), size):
+    for start in range(0, count, size):
+      # The last batch is filled with repeats, which the mask leaves out.
+      indices = np.arange(start, start + size)
       rows = [
-        transform(source[i], np.random.default_rng(i))
-        for i in range(start, start + size)
+        transform(source[i], np.random.default_rng(i)) for i in indices % count
       ]
       batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
       local = _host_slice(batch, size)
       out = self._matches(params, sharding.put_batch(local, context.mesh))
-      means.update(jax.device_get(out))
+      means.update(jax.device_get(out), indices < count)
     return metrics | {f"eval/{k}": v for k, v in means.result().items()}
 
   def references(
