@@ -116,13 +116,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
   from psvae_jax.checkpoint import CheckpointError
 
-  try:
-    config = _CONFIG.value  # loads the file
-  except OSError as error:
-    sys.exit(f"error: {' '.join(str(error).split())}")
+  config = _CONFIG.value
   if config is None:
     sys.exit("error: --config is missing, e.g. --config=configs/psvae.py")
-  stages = config.get("stages", ())
+  try:
+    stages = config.get("stages", ())  # a file that is missing fails here
+  except OSError as error:
+    sys.exit(f"error: {' '.join(str(error).split())}")
   workdir = _WORKDIR.value or os.path.join("runs", "-".join(stages))
   try:
     run(config, Path(workdir))
