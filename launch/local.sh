@@ -10,9 +10,9 @@ Usage: bash launch/local.sh [FLAGS OF psvae_jax.main]
 Installs psvae_jax into .venv where that has not been done, then runs
 python -m psvae_jax.main with the flags given. Two flags have defaults:
 
-  --config=configs/psvae.py  the job; VARIANT and options follow a colon
+  --config=configs/psvae.py  the job; a variant follows a colon
   --workdir=runs/NAME        where it writes; NAME is the config's name with
-                             its variant and options (psvae, psvae-photos, ...)
+                             its variant (psvae, psvae-photos, ...)
 
 A job that is run again with the same workdir resumes, and skips what is
 finished. Relative paths in flags start at the repository root, wherever the
@@ -47,13 +47,13 @@ main() {
         return
         ;;
       --config=* | -config=*) config="${flag#*=}" ;;
-      --workdir=* | -workdir=* | --config.workdir=* | -config.workdir=*)
+      --workdir=* | -workdir=*)
         workdir="${flag#*=}"
         ;;
     esac
     case "$previous" in
       --config | -config) config="$flag" ;;
-      --workdir | -workdir | --config.workdir | -config.workdir)
+      --workdir | -workdir)
         workdir="$flag"
         ;;
     esac

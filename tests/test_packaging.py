@@ -261,10 +261,6 @@ def clone(tmp_path):
     ),
     (["--workdir=x"], "--config=configs/psvae.py --workdir=x"),
     (["--workdir", "a b"], "--config=configs/psvae.py --workdir a b"),
-    (
-      ["--config.workdir=x"],
-      "--config=configs/psvae.py --config.workdir=x",
-    ),
   ],
   ids=[
     "none",
