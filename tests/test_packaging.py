@@ -269,7 +269,6 @@ def clone(tmp_path):
     "config-value",
     "workdir",
     "space",
-    "section",
   ],
 )
 def test_local_flags(clone, flags, expected):
