@@ -2,8 +2,9 @@
 
     python -m psvae_jax.main --config=configs/encoder.py --workdir=runs/encoder
 
-The result, `<workdir>/encoder/export/{encoder,text_encoder}` with
-provenance.json, is what ships in `psvae_jax/assets/`.
+About ten minutes on two CPU cores; expect eval/probe_accuracy 0.98 (chance 0.5,
+random encoder 0.73). The result, `encoder/export/{encoder,text_encoder}` in the
+workdir with provenance.json, is what ships in `psvae_jax/assets/`.
 """
 
 import ml_collections
