@@ -2,9 +2,9 @@
 
     python -m psvae_jax.main --config=configs/encoder.py --workdir=runs/encoder
 
-About ten minutes on two CPU cores; expect eval/probe_accuracy 0.98 (chance 0.5,
-random encoder 0.73). The result, `encoder/export/{encoder,text_encoder}` in the
-workdir with provenance.json, is what ships in `psvae_jax/assets/`.
+Ten minutes on two CPU cores beside other work; expect eval/probe_accuracy 0.98
+(chance 0.5, random encoder 0.73). What it leaves in `encoder/export/` of the
+workdir, provenance.json included, is what ships in `psvae_jax/assets/`.
 """
 
 import ml_collections

@@ -122,11 +122,8 @@ class Checkpointer:
       ) from error
     return restored["state"], metadata
 
-  def wait(self) -> None:
-    """Blocks until everything handed to `save` is on disk."""
-    self._manager.wait_until_finished()
-
   def close(self) -> None:
+    """Returns when everything handed to `save` is on disk."""
     self._manager.wait_until_finished()
     self._manager.close()
 
