@@ -148,12 +148,15 @@ class TrainConfig:
   Attributes:
     steps: optimizer steps.
     batch_size: global batch.
+    accumulate: micro-batches the batch is computed in, one after another; it
+      changes memory, never the function.
     log_every: steps between two lines of metrics.
     ema: EMA decay; step n uses min(ema, (1 + n) / (10 + n)).
   """
 
   steps: int = 1000
   batch_size: int = 64
+  accumulate: int = 1
   log_every: int = 50
   ema: float = 0.999
 
@@ -201,6 +204,12 @@ class AutoencoderLossConfig:
     pixel: on the whole pixel loss.
     l1, mse: weights inside the pixel loss.
     perceptual: weight of `losses.multiscale_gradient_loss` inside it.
+    gan: weight of the adversarial term inside it; 0 builds no discriminator.
+    gan_adaptive: multiply `gan` by λ, which gives the term the gradient norm
+      of the rest of the pixel loss at the decoder's last layer (taming).
+    gan_start: step from which the discriminator trains.
+    gan_warmup: steps the discriminator trains alone before the pixel decoder
+      feels it.
   """
 
   semantic: float = 1.0
@@ -210,6 +219,10 @@ class AutoencoderLossConfig:
   l1: float = 1.0
   mse: float = 0.0
   perceptual: float = 0.0
+  gan: float = 0.0
+  gan_adaptive: bool = True
+  gan_start: int = 0
+  gan_warmup: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,10 +240,14 @@ class EncoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderStage:
-  """One stage of the autoencoder: its own length, optimizer and weights."""
+  """One stage of the autoencoder: its own length, optimizers and weights.
+
+  The schedule of `discriminator_optim` begins at `loss.gan_start`.
+  """
 
   train: TrainConfig = TrainConfig()
   optim: OptimConfig = OptimConfig()
+  discriminator_optim: OptimConfig = OptimConfig(b1=0.5, b2=0.9)
   loss: AutoencoderLossConfig = AutoencoderLossConfig()
 
 
@@ -340,6 +357,41 @@ class EncoderModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+  """The adversary of the pixel decoder. Not part of the fingerprint.
+
+  Attributes:
+    kind: "patch" (LDM's PatchGAN) or "dino" (RAE's: heads on the frozen
+      features of DINO ViT-S/8).
+    norm: "group", or "batch" to match the published ones ("patch": over the
+      batch; "dino": over groups of eight images).
+    channels, num_layers: of the PatchGAN.
+    weights: folder or Hub id of DINO ViT-S/8, e.g. facebook/dino-vits8.
+    augment: DiffAug's operations on what the discriminator sees, among
+      "color", "translation" and "cutout".
+  """
+
+  kind: str = "patch"
+  norm: str = "group"
+  channels: int = 64
+  num_layers: int = 3
+  weights: str = ""
+  augment: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What happens when a step's loss or gradient is not finite.
+
+  Attributes:
+    max_skipped: such steps are skipped; after this many in a row the run saves
+      its state and stops.
+  """
+
+  max_skipped: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
   """How the model is computed; changes speed and memory, not the function.
 
@@ -376,3 +428,5 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   eval: EvalConfig = EvalConfig()
   compute: ComputeConfig = ComputeConfig()
+  discriminator: DiscriminatorConfig = DiscriminatorConfig()
+  guard: GuardConfig = GuardConfig()

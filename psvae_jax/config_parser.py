@@ -24,8 +24,12 @@ _CHOICES = {
   "compute.dtype": ("float32", "bfloat16", "float64"),
   "model.final_norm": ("affine", "affine_free"),
   "model.pixel_decoder.kind": ("conv", "vit"),
+  "discriminator.kind": ("patch", "dino"),
+  "discriminator.norm": ("group", "batch"),
   "*.optim.name": ("adamw", "muon"),
   "*.optim.schedule": ("cosine", "linear", "constant"),
+  "*.discriminator_optim.name": ("adamw", "muon"),
+  "*.discriminator_optim.schedule": ("cosine", "linear", "constant"),
   "*.loss.kl_reduction": ("mean", "sum"),
 }
 
@@ -97,11 +101,15 @@ def _check_positive(config: Config) -> None:
     "eval.num_probe_test": config.eval.num_probe_test,
     "data.prefetch": config.data.prefetch,
     "compute.unroll": config.compute.unroll,
+    "discriminator.channels": config.discriminator.channels,
+    "discriminator.num_layers": config.discriminator.num_layers,
+    "guard.max_skipped": config.guard.max_skipped,
   }
   for stage, section in config.sections.items():
     counts |= {
       f"{stage}.train.steps": section.train.steps,
       f"{stage}.train.batch_size": section.train.batch_size,
+      f"{stage}.train.accumulate": section.train.accumulate,
       f"{stage}.train.log_every": section.train.log_every,
     }
   for name, value in counts.items():
