@@ -36,12 +36,18 @@ class DataConfig:
   """Where images come from and how one example is made.
 
   Attributes:
-    source: "scenes" (procedural), "bundled" (scikit-image's pictures) or
-      "folder" (Hugging Face `imagefolder`).
-    root: folder of training images (`folder` only).
+    source: "scenes" (procedural), "bundled" (scikit-image's pictures),
+      "folder" (Hugging Face `imagefolder`) or "tfds" (a prepared TensorFlow
+      Datasets builder, read without TensorFlow).
+    root: folder of training images (`folder`), or TensorFlow Datasets'
+      data_dir (`tfds`; "" is its default, ~/tensorflow_datasets).
     eval_root: folder of validation images; "" holds out 5 % of `root`.
     num_train: training examples; 0 takes all there are.
     num_eval: validation examples; 0 takes all there are.
+    builder: name of the builder, e.g. "imagenet2012" (`tfds` only).
+    split, eval_split: its training and validation split (`tfds` only).
+    max_bad_share: share of a split's records that may be unreadable. Those are
+      skipped and named in `quarantine.jsonl`; one more stops the run.
     augment: "none" (images have the right size), "center", "crop" (random
       resized crop) or "crop_flip".
     min_scale: least side of a random crop, as a share of the shorter side.
@@ -57,6 +63,10 @@ class DataConfig:
   eval_root: str = ""
   num_train: int = 0
   num_eval: int = 0
+  builder: str = ""
+  split: str = "train"
+  eval_split: str = "validation"
+  max_bad_share: float = 0.01
   augment: str = "none"
   min_scale: float = 0.5
   captions: str = "auto"
@@ -66,7 +76,8 @@ class DataConfig:
   caption_variants: bool = True
 
   def __post_init__(self):
-    one_of("data.source", self.source, ("scenes", "bundled", "folder"))
+    valid = ("scenes", "bundled", "folder", "tfds")
+    one_of("data.source", self.source, valid)
     augments = ("none", "center", "crop", "crop_flip")
     one_of("data.augment", self.augment, augments)
     if self.source == "folder" and not self.root:
@@ -74,10 +85,30 @@ class DataConfig:
         "config.data.source='folder' needs a folder: pass "
         "--config.data.root=FOLDER"
       )
-    if self.source != "folder" and (self.root or self.eval_root):
+    if self.source not in ("folder", "tfds") and self.root:
       raise ConfigError(
-        "config.data.root and eval_root are for config.data.source='folder', "
+        "config.data.root is for config.data.source='folder' and 'tfds', "
         f"not {self.source!r}"
+      )
+    if self.source != "folder" and self.eval_root:
+      raise ConfigError(
+        "config.data.eval_root is for config.data.source='folder', "
+        f"not {self.source!r}"
+      )
+    if (self.source == "tfds") != bool(self.builder):
+      raise ConfigError(
+        "config.data.builder names a TensorFlow Datasets builder and goes "
+        "with config.data.source='tfds'; got source="
+        f"{self.source!r}, builder={self.builder!r}"
+      )
+    if self.source == "tfds" and self.split == self.eval_split:
+      raise ConfigError(
+        "config.data.split and eval_split are the same: images trained on say "
+        "nothing"
+      )
+    if not 0 <= self.max_bad_share < 1:
+      raise ConfigError(
+        f"config.data.max_bad_share must be in [0, 1), got {self.max_bad_share}"
       )
     roots = {os.path.realpath(self.root), os.path.realpath(self.eval_root)}
     if self.eval_root and len(roots) == 1:
