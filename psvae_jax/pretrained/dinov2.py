@@ -22,6 +22,37 @@ _ARCHITECTURES = {
   _REGISTERS: "Dinov2WithRegistersModel",
 }
 
+# Width, depth and heads of the published sizes.
+_SIZES = {
+  "small": (384, 12, 6),
+  "base": (768, 12, 12),
+  "large": (1024, 24, 16),
+  "giant": (1536, 40, 24),
+}
+
+
+def _published() -> dict[str, vit.ViTConfig]:
+  """Architecture of every id that Meta publishes on the Hugging Face hub."""
+  configs = {}
+  for family, registers in (("dinov2", 0), ("dinov2-with-registers", 4)):
+    for size, (width, depth, num_heads) in _SIZES.items():
+      configs[f"facebook/{family}-{size}"] = vit.ViTConfig(
+        width=width,
+        depth=depth,
+        num_heads=num_heads,
+        patch_size=14,
+        image_size=518,
+        mlp_ratio=4.0,
+        num_registers=registers,
+        swiglu=size == "giant",
+        position_antialias=registers > 0,
+      )
+  return configs
+
+
+# What `parse_config` would give of the published config.json.
+PUBLISHED = _published()
+
 
 def rules(
   config: vit.ViTConfig, final_norm: vit.FinalNorm

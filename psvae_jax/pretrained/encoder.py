@@ -3,6 +3,10 @@
 Reads and writes the published Hugging Face layout, so that the embedded
 miniature encoder, `facebook/dinov2-*` and a tuned encoder are all one kind of
 folder, which `transformers.AutoModel` reads too.
+
+A name "random:ID", e.g. "random:facebook/dinov2-with-registers-base", is the
+published architecture with seeded random parameters and no download: for
+benchmarks, memory tables and tests, never for results.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ import functools
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psvae_jax.config import nearest
 from psvae_jax.models import vit
 from psvae_jax.pretrained import dinov2, files, mapping
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+RANDOM = "random:"
 
 _FILES = (
   "config.json",
@@ -115,7 +123,8 @@ def load_encoder(
 
   Args:
     name_or_path: folder or hub id with config.json, safetensors and, unless
-      the encoder takes ImageNet's mean and std, preprocessor_config.json.
+      the encoder takes ImageNet's mean and std, preprocessor_config.json. Or
+      "random:" and a key of `dinov2.PUBLISHED`: that architecture, untrained.
     final_norm: "affine" as published, or "affine_free": features without the
       final norm's gain and bias.
     remat: recompute activations in the backward pass.
@@ -130,14 +139,19 @@ def load_encoder(
     ValueError: an unsupported architecture, or a malformed or ill-fitting
       file; the message names it.
   """
-  folder = files.resolve_folder(name_or_path, _FILES)
-  config = dinov2.parse_config(
-    files.read_config(folder), folder / "config.json"
-  )
-  mean, std = _read_preprocessor(folder / "preprocessor_config.json")
-  module = vit.ViT(
-    config, final_norm=final_norm, remat=remat, unroll=unroll, dtype=dtype
-  )
+  name = os.fspath(name_or_path)
+  options = dict(final_norm=final_norm, remat=remat, unroll=unroll, dtype=dtype)
+  if name.startswith(RANDOM):
+    encoder = abstract_encoder(name, **options)
+    params = _random_params(encoder.params, encoder.module.config)
+    return dataclasses.replace(
+      encoder,
+      params=jax.device_put(params),
+      fingerprint=files.fingerprint_params(params),
+    )
+  folder = _resolve_folder(name)
+  config, mean, std = _read_architecture(folder)
+  module = vit.ViT(config, **options)
   unused = dinov2.constant_tensors(config, final_norm)
   params = mapping.import_params(
     dinov2.rules(config, final_norm),
@@ -151,8 +165,59 @@ def load_encoder(
     params=jax.device_put(params),
     mean=mean,
     std=std,
-    name=os.fspath(name_or_path),
+    name=name,
     fingerprint=files.fingerprint_params(params),
+  )
+
+
+def abstract_encoder(
+  name_or_path: str | os.PathLike,
+  *,
+  final_norm: vit.FinalNorm = "affine",
+  remat: bool = False,
+  unroll: int = 1,
+  dtype: Any = jnp.float32,
+) -> Encoder:
+  """An encoder of shapes: `load_encoder` without its weights.
+
+  Nothing is downloaded or allocated. It serves `jax.eval_shape`, as in tables
+  of parameters, FLOPs and memory.
+
+  Args:
+    name_or_path: folder with a config.json (tensors are not looked for), or a
+      key of `dinov2.PUBLISHED`, "random:" before it or not.
+    final_norm, remat, unroll, dtype: as for `load_encoder`.
+
+  Returns:
+    The encoder; its parameters are `jax.ShapeDtypeStruct`s and its fingerprint
+    is "".
+
+  Raises:
+    FileNotFoundError: the folder has no config.json.
+    ValueError: an unknown id, or a malformed file.
+  """
+  name = os.fspath(name_or_path)
+  folder = pathlib.Path(name).expanduser()
+  published = name.removeprefix(RANDOM)
+  if not name.startswith(RANDOM) and folder.is_dir():
+    config, mean, std = _read_architecture(folder)
+  elif published in dinov2.PUBLISHED:
+    config, mean, std = dinov2.PUBLISHED[published], IMAGENET_MEAN, IMAGENET_STD
+  else:
+    raise ValueError(
+      f"encoder {name!r} is no folder and no published architecture; "
+      f"{nearest(published, dinov2.PUBLISHED)}"
+    )
+  module = vit.ViT(
+    config, final_norm=final_norm, remat=remat, unroll=unroll, dtype=dtype
+  )
+  return Encoder(
+    module=module,
+    params=_param_shapes(module),
+    mean=mean,
+    std=std,
+    name=name,
+    fingerprint="",
   )
 
 
@@ -190,6 +255,52 @@ def save_encoder(
   files.write_safetensors(folder / "model.safetensors", tensors)
   files.write_json(folder / "preprocessor_config.json", preprocessor)
   files.write_json(folder / "config.json", published)
+
+
+def _resolve_folder(name: str) -> pathlib.Path:
+  """`files.resolve_folder`; where weights are missing, says what else to do."""
+  try:
+    return files.resolve_folder(name, _FILES)
+  except FileNotFoundError as error:
+    if name in dinov2.PUBLISHED:
+      hint = f'"{RANDOM}{name}" is the same network untrained, for a dry run'
+    elif name.startswith("facebook/"):
+      hint = f"of DINOv2's ids, {nearest(name, dinov2.PUBLISHED)}"
+    else:
+      raise
+    raise FileNotFoundError(f"{error}; {hint}") from error
+
+
+def _read_architecture(
+  folder: pathlib.Path,
+) -> tuple[vit.ViTConfig, tuple[float, ...], tuple[float, ...]]:
+  """(hyper-parameters, mean, std) of a model folder."""
+  config = dinov2.parse_config(
+    files.read_config(folder), folder / "config.json"
+  )
+  return config, *_read_preprocessor(folder / "preprocessor_config.json")
+
+
+def _random_params(shapes: Any, config: vit.ViTConfig) -> Any:
+  """Untrained parameters, the same on every machine and backend.
+
+  Drawn on the host: a random function of a device may differ in the last bit
+  from another's, and with it the fingerprint that checkpoints are known by.
+  """
+
+  def one(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.endswith("bias"):
+      return np.zeros(leaf.shape, np.float32)
+    if name.endswith("norm/scale"):
+      return np.ones(leaf.shape, np.float32)
+    if name.endswith("scale"):
+      return np.full(leaf.shape, config.layerscale_init, np.float32)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    scale = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
+    return np.float32(scale) * rng.standard_normal(leaf.shape, np.float32)
+
+  return jax.tree_util.tree_map_with_path(one, shapes)
 
 
 def _param_shapes(module: vit.ViT) -> Any:

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 
 from psvae_jax.models import vit
+from psvae_jax.pretrained import dinov2, files
 from psvae_jax.pretrained import encoder as encoder_lib
-from psvae_jax.pretrained import files
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 CONFIG = vit.ViTConfig(
@@ -451,3 +451,95 @@ def test_copied_folder_is_the_same_encoder(folder, tmp_path):
     encoder_lib.load_encoder(copy).fingerprint
     == encoder_lib.load_encoder(folder).fingerprint
   )
+
+
+# Published architectures without their weights.
+
+
+def test_published_architectures_are_what_their_configs_say(tmp_path):
+  assert len(dinov2.PUBLISHED) == 8
+  for name, config in dinov2.PUBLISHED.items():
+    raw = dinov2.format_config(config)
+    assert ("num_register_tokens" in raw) == ("registers" in name)
+    assert dinov2.parse_config(raw, tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+  "name, count",
+  # As transformers counts them, less the mask token.
+  [
+    ("facebook/dinov2-base", 86_579_712),
+    ("facebook/dinov2-with-registers-base", 86_582_784),
+    ("facebook/dinov2-with-registers-large", 304_371_712),
+    ("facebook/dinov2-giant", 1_136_479_232),
+  ],
+)
+def test_abstract_encoder_counts_the_published_parameters(name, count):
+  for prefix in ("", "random:"):
+    encoder = encoder_lib.abstract_encoder(prefix + name)
+    leaves = jax.tree.leaves(encoder.params)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert sum(leaf.size for leaf in leaves) == count
+    assert encoder.mean == encoder_lib.IMAGENET_MEAN
+
+
+def test_abstract_encoder_of_a_folder_needs_no_tensors(folder):
+  want = encoder_lib.load_encoder(folder, dtype=jnp.bfloat16)
+  (folder / "model.safetensors").unlink()
+  got = encoder_lib.abstract_encoder(folder, dtype=jnp.bfloat16)
+  assert got.module == want.module
+  assert (got.mean, got.std, got.name) == (want.mean, want.std, want.name)
+  shapes = jax.tree.map(lambda x: x.shape, (got.params, want.params))
+  assert shapes[0] == shapes[1]
+
+
+@pytest.fixture(name="published")
+def _published(monkeypatch):
+  """One small published architecture."""
+  monkeypatch.setattr(dinov2, "PUBLISHED", {"facebook/dinov2-test": CONFIG})
+  return "facebook/dinov2-test"
+
+
+def test_random_encoder_is_seeded_and_scaled(published):
+  first, second = (
+    encoder_lib.load_encoder(f"random:{published}") for _ in range(2)
+  )
+  jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+  assert first.fingerprint == second.fingerprint
+  assert first.fingerprint == files.fingerprint_params(first.params)
+  kernels = first.params["blocks"]["block"]["attention"]
+  assert not np.array_equal(
+    kernels["query"]["kernel"], kernels["key"]["kernel"]
+  )
+  assert np.std(kernels["query"]["kernel"]) == pytest.approx(0.25, rel=0.1)
+  features = np.asarray(first(random_images(2, 16, 16, 3)))
+  assert np.std(features) == pytest.approx(1, rel=0.01)
+  assert np.abs(features[0] - features[1]).mean() > 0.1
+
+
+def test_random_encoder_is_saved_and_loaded_like_any(published, tmp_path):
+  random = encoder_lib.load_encoder(
+    f"random:{published}", final_norm="affine_free"
+  )
+  config = random.module.config
+  encoder_lib.save_encoder(tmp_path, config, random.params, MEAN, STD)
+  loaded = encoder_lib.load_encoder(tmp_path, final_norm="affine_free")
+  assert loaded.fingerprint == random.fingerprint
+
+
+def test_unknown_architecture_names_the_nearest(tmp_path):
+  with pytest.raises(ValueError, match="mean 'facebook/dinov2-with-registers-"):
+    encoder_lib.load_encoder("random:facebook/dinov2-with-register-base")
+  with pytest.raises(ValueError, match="no folder and no published"):
+    encoder_lib.abstract_encoder(tmp_path / "nowhere")
+
+
+def test_missing_published_weights_say_how_to_go_on():
+  pytest.importorskip("huggingface_hub")  # offline, as conftest sets it
+  name = "facebook/dinov2-with-registers-base"
+  with pytest.raises(
+    FileNotFoundError, match=f'hf download {name}.*"random:{name}"'
+  ):
+    encoder_lib.load_encoder(name)
+  with pytest.raises(FileNotFoundError, match="did you mean 'facebook/dinov2-"):
+    encoder_lib.load_encoder("facebook/dinov2-bass")
