@@ -8,26 +8,58 @@ starts, continues and completes a job. Any field can be overridden:
 WORKDIR/summary.json.
 """
 
+import json
 import os
 import platform
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  None,
-  "Config file, e.g. configs/psvae.py or configs/psvae.py:photos",
+from psvae_jax import cli, config_parser
+from psvae_jax.config import Config, ConfigError
+
+USAGE = """\
+Usage: python -m psvae_jax.main --config=FILE[:VARIANT] [--workdir=DIR] [FLAGS]
+
+Trains every stage of a job, in order. The same command continues an interrupted
+job and skips finished stages. Results: DIR/report.html, DIR/summary.json.
+
+  --config=FILE[:VARIANT]  the job: a Python file with get_config, or JSON such
+                           as a workdir's config.json
+  --config.FIELD=VALUE     any field of it, e.g. --config.psvae.train.steps=100
+  --workdir=DIR            checkpoints, metrics and the report; by default
+                           runs/STAGES, e.g. runs/svae-psvae
+  --print_config           print the checked config as JSON and stop; opens no
+                           weights, data, device or workdir
+  --verbosity=0            log everything, with tracebacks
+  --help, --helpfull       this page; also the flags of the libraries
+
+Examples:
+  python -m psvae_jax.main --config=configs/psvae.py --workdir=runs/psvae
+  python -m psvae_jax.main --config=configs/psvae.py:photos \\
+    --config.data.root=TRAIN --config.data.eval_root=VALIDATION
+  python -m psvae_jax.main --config=configs/psvae.py \\
+    --config.stages=svae --config.svae.train.steps=100 --workdir=runs/short
+  python -m psvae_jax.main --config=configs/psvae.py --print_config > job.json
+  python -m psvae_jax.main --config=job.json --workdir=runs/again
+"""
+
+_CONFIG = flags.DEFINE_string(
+  "config", None, "Config file, e.g. configs/psvae.py or one with :VARIANT."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for checkpoints, metrics and the report."
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+  "print_config", False, "Print the checked config as JSON and stop."
+)
 
 
-def run(config, workdir: Path) -> dict:
+def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """Runs a job; returns its summary.
 
   Args:
@@ -40,15 +72,17 @@ def run(config, workdir: Path) -> dict:
   """
   import jax
 
-  from psvae_jax import config_parser, report, sharding, train, writers
+  from psvae_jax import report, sharding, train, writers
   from psvae_jax.tasks import make_task
   from psvae_jax.tasks.base import EvalContext
 
   parsed = config_parser.parse(config)
+  _check_machine(parsed)
   mesh = sharding.make_mesh(parsed.mesh)
-  for field, size in config_parser.batch_sizes(parsed).items():
-    sharding.check_batch(size, mesh, field)
   chief = jax.process_index() == 0
+  for stage in parsed.stages[1:]:
+    # A mistake in a later stage is found before the first one trains.
+    train.is_finished(make_task(stage, parsed, workdir), parsed, workdir)
   for stage in parsed.stages:
     task = make_task(stage, parsed, workdir)
     finished = train.is_finished(task, parsed, workdir)  # or another model's
@@ -86,6 +120,22 @@ def run(config, workdir: Path) -> dict:
   return writers.read_summary(workdir)
 
 
+def _check_machine(config: Config) -> None:
+  """Raises ConfigError if the job does not fit this machine's devices."""
+  import jax
+
+  from psvae_jax import config_checks, sharding
+
+  config_checks.check_devices(config, len(jax.devices()))
+  mesh = sharding.make_mesh(config.mesh)
+  config_checks.check_shards(config, sharding.batch_shards(mesh))
+  if config.compute.dtype == "float64" and not jax.config.jax_enable_x64:
+    raise ConfigError(
+      "config.compute.dtype='float64' needs JAX in double precision: set "
+      "JAX_ENABLE_X64=1, or take 'float32'"
+    )
+
+
 def _device() -> str:
   import jax
 
@@ -109,39 +159,96 @@ def _versions() -> dict[str, str]:
   return found
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def _workdir(argument: str | None, config: Mapping[str, Any]) -> Path:
+  """The folder to write to, which is not created yet.
+
+  Raises:
+    ConfigError: it cannot be one.
+  """
+  workdir = Path(argument or os.path.join("runs", "-".join(config["stages"])))
+  if argument and "://" in argument:
+    raise ConfigError(
+      f"--workdir={argument} is an address; give a folder, e.g. one where the "
+      "bucket is mounted"
+    )
+  existing = next(
+    path
+    for path in (workdir, *workdir.absolute().parents)
+    if os.path.exists(path)
+  )
+  if not existing.is_dir():
+    raise ConfigError(
+      f"--workdir={workdir} cannot be created: {existing} is a file; give a "
+      "folder, e.g. --workdir=runs/psvae"
+    )
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise ConfigError(
+      f"--workdir={workdir}: no permission to write to {existing}; give "
+      "another folder, e.g. --workdir=runs/psvae"
+    )
+  return workdir
+
+
+def main(argv: list[str], overrides: Mapping[str, str]) -> None:
+  """Runs the job that the flags describe."""
   # Orbax writes a page a checkpoint at INFO; --verbosity=0 shows it.
   if not any(arg.lstrip("-").startswith("verbosity") for arg in sys.argv):
     logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise ConfigError(
+        f"unexpected argument {argv[1]!r}; a config is given as --config=FILE"
+      )
+    if not _CONFIG.value:
+      raise ConfigError("--config is missing, e.g. --config=configs/psvae.py")
+    config = config_parser.override(cli.load_config(_CONFIG.value), overrides)
+    config_parser.parse(config)
+    if _PRINT_CONFIG.value:
+      print(json.dumps(config, indent=2, ensure_ascii=False))
+      return
+    workdir = _workdir(_WORKDIR.value, config)
+  except ConfigError as error:
+    cli.fail(str(error))
   from psvae_jax.checkpoint import CheckpointError
 
-  config = _CONFIG.value
-  if config is None:
-    sys.exit("error: --config is missing, e.g. --config=configs/psvae.py")
   try:
-    stages = config.get("stages", ())  # a file that is missing fails here
-  except OSError as error:
-    sys.exit(f"error: {' '.join(str(error).split())}")
-  workdir = _WORKDIR.value or os.path.join("runs", "-".join(stages))
-  try:
-    run(config, Path(workdir))
+    run(config, workdir)
+  except ConfigError as error:
+    cli.fail(str(error))
   except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
     logging.info(traceback.format_exc())
-    sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
+    cli.fail(f"{error}\n(--verbosity=0 shows where)")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Flags → their values; a mistake in a config is one line, not a page."""
+  """Sets the flags that are not fields of the config; returns the rest."""
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    if "." in error.flagname:
+      cli.fail(
+        f"unknown flag --{error.flagname}; did you mean "
+        f"--config.{error.flagname.removeprefix('config.')}?"
+      )
+    cli.fail(cli.one_line(error))
   except flags.Error as error:
-    # config_flags puts the traceback of the config file into its message.
-    message = str(error).strip().splitlines()[-1].strip()
-    sys.exit(f"error: in the flags or the config file: {message}")
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    sys.exit(f"error: in the flags or the config file: {error}")
+    cli.fail(cli.one_line(error))
+
+
+def command() -> None:
+  """The command line."""
+  if cli.wants_help(sys.argv[1:]):
+    print(USAGE, end="")
+    return
+  try:
+    argv = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+  except flags.Error as error:  # a --flagfile that is not there
+    cli.fail(cli.one_line(error))
+  argv, overrides = cli.split_overrides(argv)
+  app.run(
+    lambda rest: main(rest, overrides), argv=argv, flags_parser=_parse_flags
+  )
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse_flags)
+  cli.guard(command, interrupted="the same command resumes")

@@ -29,7 +29,7 @@ from psvae_jax.models.semantic import (
   SemanticEncoder,
   last_blocks,
 )
-from psvae_jax.models.vit import ViT
+from psvae_jax.models.vit import ViT, ViTConfig
 
 MODULES = ("encoder", "semantic_encoder", "semantic_decoder", "pixel_decoder")
 
@@ -123,18 +123,11 @@ def build(
   Raises:
     ConfigError: sizes that do not fit together.
   """
-  patch = encoder.config.patch_size
-  if config.image_size % patch:
-    raise ConfigError(
-      f"config.model.image_size={config.image_size} is not a multiple of "
-      f"the encoder's patch size {patch}; "
-      f"{max(patch, config.image_size // patch * patch)} would be"
-    )
+  check_sizes(config, encoder.config)
   block = encoder.config.block
   shared = dict(
     remat=compute.remat, unroll=compute.unroll, dtype=jnp.dtype(compute.dtype)
   )
-  grid = config.image_size // patch
 
   def semantic(section):
     return dict(
@@ -156,21 +149,83 @@ def build(
       final_norm=config.final_norm, **semantic(config.semantic_decoder)
     ),
     pixel_decoder=_pixel_decoder(
-      config.pixel_decoder, grid, config.output_size, shared
+      config.pixel_decoder, config.output_size, shared
     ),
   )
 
 
-def _pixel_decoder(
-  config: PixelDecoderConfig, grid: int, output_size: int, shared: dict
-) -> nn.Module:
-  """The decoder `config.kind` names, checked against the sizes."""
-  if config.kind == "vit":
-    if output_size % grid:
+def check_sizes(config: AutoencoderModel, encoder: ViTConfig) -> None:
+  """Checks the model section against the encoder it is built around.
+
+  Raises:
+    ConfigError: sizes that do not fit together.
+  """
+  patch, size = encoder.patch_size, config.image_size
+  if size % patch:
+    raise ConfigError(
+      f"config.model.image_size={size} is not a multiple of the encoder's "
+      f"patch size {patch}; {_nearest_multiple(size, patch)} would be"
+    )
+  if encoder.width % 4:  # no published encoder, and sin-cos needs it
+    raise ConfigError(
+      f"config.model.encoder={config.encoder!r} has width {encoder.width}, "
+      "which is not a multiple of 4; facebook/dinov2-with-registers-base has "
+      "768"
+    )
+  for name in ("semantic_encoder", "semantic_decoder"):
+    section = getattr(config, name)
+    if section.from_encoder and section.depth > encoder.depth:
       raise ConfigError(
-        f"config.model.output_size={output_size} is not a multiple of the "
-        f"{grid}×{grid} token grid; {output_size // grid * grid} would be"
+        f"config.model.{name}.depth={section.depth} cannot start from the "
+        f"encoder's last blocks, of which there are {encoder.depth}; set depth="
+        f"{encoder.depth} or from_encoder=False"
       )
+  check = _check_vit_decoder
+  if config.pixel_decoder.kind == "conv":
+    check = _check_conv_decoder
+  check(config.pixel_decoder, size // patch, config.output_size)
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+  return max(factor, (value + factor // 2) // factor * factor)
+
+
+def _check_vit_decoder(
+  config: PixelDecoderConfig, grid: int, output_size: int
+) -> None:
+  if output_size % grid:
+    raise ConfigError(
+      f"config.model.output_size={output_size} is not a multiple of the "
+      f"{grid}×{grid} token grid; {_nearest_multiple(output_size, grid)} would "
+      "be"
+    )
+  most = output_size // grid // 2
+  if config.overlap > most:
+    raise ConfigError(
+      f"config.model.pixel_decoder.overlap={config.overlap} is more than half "
+      f"of a token's {output_size // grid} pixels; {most} is the most"
+    )
+
+
+def _check_conv_decoder(
+  config: PixelDecoderConfig, grid: int, output_size: int
+) -> None:
+  factor = 2 ** (len(config.channel_mult) - 1) * config.output_patch
+  if grid * factor != output_size:
+    raise ConfigError(
+      f"config.model.pixel_decoder upsamples {factor}× ("
+      f"{len(config.channel_mult)} levels of channel_mult, output_patch "
+      f"{config.output_patch}), so a {grid}×{grid} grid gives "
+      f"{grid * factor} pixels, not config.model.output_size={output_size}; "
+      f"output_size={grid * factor} would do"
+    )
+
+
+def _pixel_decoder(
+  config: PixelDecoderConfig, output_size: int, shared: dict
+) -> nn.Module:
+  """The decoder that `config.kind` names."""
+  if config.kind == "vit":
     block = BlockConfig(
       width=config.width,
       num_heads=config.num_heads,
@@ -184,14 +239,6 @@ def _pixel_decoder(
       overlap=config.overlap,
       refine_channels=config.refine_channels,
       **shared,
-    )
-  factor = 2 ** (len(config.channel_mult) - 1) * config.output_patch
-  if grid * factor != output_size:
-    raise ConfigError(
-      f"config.model.pixel_decoder upsamples {factor}× ("
-      f"{len(config.channel_mult)} levels, output_patch "
-      f"{config.output_patch}), so a {grid}×{grid} grid gives "
-      f"{grid * factor} pixels, not config.model.output_size={output_size}"
     )
   return ConvPixelDecoder(
     channels=config.channels,

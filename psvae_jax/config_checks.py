@@ -1,0 +1,406 @@
+"""Which values a config may have, and which go together.
+
+`CHECKS` is the table: one small function a rule, each of the whole config, so
+that a rule may look at any two fields. None of them opens a file or a device;
+what depends on the encoder's files is checked where the model is built. Every
+message names the field, its value, and a value that would work.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from psvae_jax.config import (
+  AutoencoderModel,
+  AutoencoderStage,
+  Config,
+  ConfigError,
+  EncoderModel,
+  nearest,
+)
+
+# Field → its valid values; of a tuple, of each item.
+_CHOICES = {
+  "data.source": ("scenes", "bundled", "folder", "tfds"),
+  "data.augment": ("none", "center", "crop", "crop_flip"),
+  "eval.probe": ("scenes", "none"),
+  "compute.dtype": ("float32", "bfloat16", "float64"),
+  "model.final_norm": ("affine", "affine_free"),
+  "model.pixel_decoder.kind": ("conv", "vit"),
+  "discriminator.kind": ("patch", "dino"),
+  "discriminator.norm": ("group", "batch"),
+  "discriminator.augment": ("color", "translation", "cutout"),
+  "*.optim.name": ("adamw", "muon"),
+  "*.optim.schedule": ("cosine", "linear", "constant"),
+  "*.discriminator_optim.name": ("adamw", "muon"),
+  "*.discriminator_optim.schedule": ("cosine", "linear", "constant"),
+  "*.loss.kl_reduction": ("mean", "sum"),
+}
+
+# Field → the interval it lies in; of a tuple, each item does. The first
+# pattern that fits counts.
+_RANGES = {
+  "seed": "[0, 2147483648)",
+  "data.seed": "[0, 2147483648)",
+  "data.num_*": "[0, inf)",
+  "data.prefetch": "[1, inf)",
+  "data.max_bad_share": "[0, 1)",
+  "data.min_scale": "(0, 1]",
+  "checkpoint.*": "[1, inf)",
+  "eval.every_steps": "[0, inf)",
+  "eval.*": "[1, inf)",
+  "compute.unroll": "[1, inf)",
+  "discriminator.*": "[1, inf)",
+  "guard.max_skipped": "[1, inf)",
+  "*.train.ema": "[0, 1)",
+  "*.train.*": "[1, inf)",
+  "*optim.learning_rate": "(0, inf)",
+  "*optim.adam_learning_rate": "(0, inf)",
+  "*optim.b[12]": "[0, 1)",
+  "*optim.eps": "(0, inf)",
+  "*optim.end_factor": "[0, 1]",
+  "*optim.*": "[0, inf)",
+  "*.loss.*": "[0, inf)",
+  "model.semantic_*.mlp_hidden": "[0, inf)",
+  "model.pixel_decoder.mlp_ratio": "(0, inf)",
+  "model.pixel_decoder.num_res_blocks": "[0, inf)",
+  "model.pixel_decoder.overlap": "[0, inf)",
+  "model.pixel_decoder.refine_channels": "[0, inf)",
+  "model.vision.mlp_ratio": "(0, inf)",
+  "model.vision.num_registers": "[0, inf)",
+  "model.*": "[1, inf)",
+}
+
+_SSIM_WINDOW = 11  # evaluators.image_metrics.ssim
+_LEAST_SCENE = 16  # data.scene_render.render
+_GRADIENT_FACTOR = 4  # losses.multiscale_gradient_loss with its three scales
+
+
+def leaves(section: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """(dotted path, value, default) of every field below a section."""
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    name = f"{path}.{field.name}" if path else field.name
+    if dataclasses.is_dataclass(value):
+      yield from leaves(value, name)
+    else:
+      yield name, value, field.default
+
+
+def check_field(path: str, value: Any, default: Any) -> None:
+  """Checks one field by itself against its choices or its interval.
+
+  Raises:
+    ConfigError: the value is none of them, or outside.
+  """
+  items = value if isinstance(value, tuple) else (value,)
+  for item in items:
+    if isinstance(item, str):
+      valid = _lookup(_CHOICES, path)
+      if valid is not None and item not in valid:
+        raise ConfigError(
+          f"config.{path}={value!r} is unknown; {nearest(item, valid)}"
+        )
+    elif not isinstance(item, bool):
+      interval = _lookup(_RANGES, path)
+      if interval is not None:
+        _check_interval(path, value, item, interval, default)
+
+
+def _lookup(table: dict[str, Any], path: str) -> Any:
+  for pattern, entry in table.items():
+    if fnmatch.fnmatchcase(path, pattern):
+      return entry
+  return None
+
+
+def _check_interval(
+  path: str, value: Any, item: float, interval: str, default: Any
+) -> None:
+  low, high = (float(bound) for bound in interval[1:-1].split(","))
+  above = low < item or (interval[0] == "[" and low == item)
+  below = item < high or (interval[-1] == "]" and item == high)
+  if above and below:
+    return
+  if math.isinf(high) and interval[0] == "[":
+    wanted = f"at least {low:g}"
+  else:
+    wanted = "positive" if math.isinf(high) else f"in {interval}"
+    wanted += f", e.g. {default!r}"
+  raise ConfigError(f"config.{path}={value!r} must be {wanted}")
+
+
+def _check_folders(config: Config) -> None:
+  data = config.data
+  if data.source == "folder" and not data.root:
+    raise ConfigError(
+      "config.data.source='folder' needs a folder: pass "
+      "--config.data.root=FOLDER"
+    )
+  if data.source not in ("folder", "tfds") and data.root:
+    raise ConfigError(
+      f"config.data.root={data.root!r} is for config.data.source='folder' and "
+      f"'tfds', not {data.source!r}"
+    )
+  if data.source != "folder" and data.eval_root:
+    raise ConfigError(
+      f"config.data.eval_root={data.eval_root!r} is for "
+      f"config.data.source='folder', not {data.source!r}"
+    )
+  roots = {os.path.realpath(data.root), os.path.realpath(data.eval_root)}
+  if data.eval_root and len(roots) == 1:
+    raise ConfigError(
+      f"config.data.eval_root={data.eval_root!r} is the training folder: "
+      "images trained on say nothing. Leave it out to hold out 5 % of "
+      "config.data.root"
+    )
+
+
+def _check_builder(config: Config) -> None:
+  data = config.data
+  if (data.source == "tfds") != bool(data.builder):
+    raise ConfigError(
+      f"config.data.source={data.source!r} with "
+      f"config.data.builder={data.builder!r}: a builder goes with 'tfds', e.g. "
+      "--config.data.source=tfds --config.data.builder=imagenet2012"
+    )
+  if data.source == "tfds" and data.split == data.eval_split:
+    raise ConfigError(
+      f"config.data.eval_split={data.eval_split!r} is also data.split: images "
+      "trained on say nothing; the default is 'validation'"
+    )
+
+
+def _check_mesh(config: Config) -> None:
+  sizes = dataclasses.asdict(config.mesh)
+  wrong = [k for k, v in sizes.items() if v < 1 and v != -1]
+  if wrong or list(sizes.values()).count(-1) > 1:
+    raise ConfigError(
+      f"config.mesh={sizes}: sizes are positive, and at most one is -1, e.g. "
+      "data=-1, fsdp=1, tensor=1"
+    )
+
+
+def _check_accumulation(config: Config) -> None:
+  for stage, section in config.sections.items():
+    batch, parts = section.train.batch_size, section.train.accumulate
+    if batch % parts:
+      raise ConfigError(
+        f"config.{stage}.train.batch_size={batch} does not divide into "
+        f"config.{stage}.train.accumulate={parts} micro-batches; batch_size "
+        f"{_nearest_multiple(batch, parts)} would"
+      )
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+  return max(factor, (value + factor // 2) // factor * factor)
+
+
+def _heads(path: str, width: int, heads: int) -> None:
+  if width % heads:
+    fitting = [n for n in range(1, width + 1) if width % n == 0]
+    near = min(fitting, key=lambda n: abs(n - heads))
+    raise ConfigError(
+      f"config.{path}.num_heads={heads} does not divide config.{path}.width="
+      f"{width}; {near} would"
+    )
+
+
+def _check_pixel_decoder(config: Config) -> None:
+  if not isinstance(config.model, AutoencoderModel):
+    return
+  decoder = config.model.pixel_decoder
+  path = "model.pixel_decoder"
+  if decoder.kind == "conv":
+    if not decoder.channel_mult:
+      raise ConfigError(
+        f"config.{path}.channel_mult=() is empty; e.g. "
+        f"{type(decoder)().channel_mult}"
+      )
+    factor = 2 ** (len(decoder.channel_mult) - 1) * decoder.output_patch
+    size = config.model.output_size
+    if size % factor:
+      raise ConfigError(
+        f"config.{path}.channel_mult={decoder.channel_mult} with output_patch="
+        f"{decoder.output_patch} upsamples {factor}×, which does not divide "
+        f"config.model.output_size={size}; {_nearest_multiple(size, factor)} "
+        "would be a multiple"
+      )
+    return
+  _heads(path, decoder.width, decoder.num_heads)
+  if decoder.width % 4:
+    raise ConfigError(
+      f"config.{path}.width={decoder.width} must be a multiple of 4 (sin-cos "
+      f"positions), e.g. {_nearest_multiple(decoder.width, 4)}"
+    )
+  if decoder.width * decoder.mlp_ratio < 1:
+    raise ConfigError(
+      f"config.{path}.mlp_ratio={decoder.mlp_ratio} leaves no hidden unit; "
+      "e.g. 4.0"
+    )
+
+
+def _check_image_sizes(config: Config) -> None:
+  if not isinstance(config.model, AutoencoderModel):
+    return
+  size = config.model.output_size
+  scenes = config.data.source == "scenes" or config.eval.probe == "scenes"
+  least = _LEAST_SCENE if scenes else _SSIM_WINDOW
+  if size < least:
+    raise ConfigError(
+      f"config.model.output_size={size} is too small for "
+      f"{'scenes' if scenes else 'SSIM'}; {least} is the least"
+    )
+  for stage, section in config.sections.items():
+    if section.loss.perceptual and size % _GRADIENT_FACTOR:
+      raise ConfigError(
+        f"config.{stage}.loss.perceptual={section.loss.perceptual} needs "
+        f"config.model.output_size, now {size}, to be a multiple of "
+        f"{_GRADIENT_FACTOR}, e.g. {_nearest_multiple(size, 4)}; or set it to 0"
+      )
+
+
+def _check_adversary(config: Config) -> None:
+  for stage, section in config.sections.items():
+    if not isinstance(section, AutoencoderStage) or not section.loss.gan:
+      continue
+    loss, steps = section.loss, section.train.steps
+    name = f"config.{stage}.loss.gan={loss.gan}"
+    begins = loss.gan_start + loss.gan_warmup
+    if begins >= steps:
+      raise ConfigError(
+        f"{name} never acts: gan_start={loss.gan_start} + gan_warmup="
+        f"{loss.gan_warmup} is not below config.{stage}.train.steps={steps}; "
+        f"set gan_start={max(0, steps * 2 // 3 - loss.gan_warmup)}"
+        f"{' and gan_warmup=0' if loss.gan_warmup >= steps else ''}, or gan=0"
+      )
+    if not loss.pixel:
+      raise ConfigError(
+        f"{name} is a part of the pixel loss, whose weight config.{stage}.loss."
+        "pixel is 0; set pixel=1.0 or gan=0"
+      )
+    if config.discriminator.norm == "batch" and section.train.accumulate > 1:
+      raise ConfigError(
+        "config.discriminator.norm='batch' would normalise over micro-batches "
+        f"with config.{stage}.train.accumulate={section.train.accumulate}; set "
+        "norm='group' or accumulate=1"
+      )
+    _check_discriminator(config)
+
+
+def _check_discriminator(config: Config) -> None:
+  adversary = config.discriminator
+  if adversary.kind == "dino":
+    if not adversary.weights:
+      raise ConfigError(
+        "config.discriminator.kind='dino' needs config.discriminator.weights, "
+        "e.g. facebook/dino-vits8; or set kind='patch'"
+      )
+    return
+  size = config.model.output_size
+  # LDM's PatchGAN: each layer halves, then two convolutions take one pixel
+  # each. One logit could not be told from a whole-image discriminator's.
+  most = (size // 4).bit_length() - 1
+  if adversary.num_layers > most:
+    raise ConfigError(
+      f"config.discriminator.num_layers={adversary.num_layers} leaves no patch "
+      f"of config.model.output_size={size}; "
+      + (f"{most} is the most" if most > 0 else "8 pixels are the least")
+    )
+
+
+def _check_vision(config: Config) -> None:
+  if not isinstance(config.model, EncoderModel):
+    return
+  vision, text = config.model.vision, config.model.text
+  _heads("model.vision", vision.width, vision.num_heads)
+  _heads("model.text", text.width, text.num_heads)
+  if vision.width * vision.mlp_ratio < 1:
+    raise ConfigError(
+      f"config.model.vision.mlp_ratio={vision.mlp_ratio} leaves no hidden "
+      "unit; e.g. 4.0"
+    )
+  if vision.image_size % vision.patch_size:
+    near = _nearest_multiple(vision.image_size, vision.patch_size)
+    raise ConfigError(
+      f"config.model.vision.image_size={vision.image_size} is not a multiple "
+      f"of config.model.vision.patch_size={vision.patch_size}; {near} would be"
+    )
+  if vision.image_size < _LEAST_SCENE:
+    raise ConfigError(
+      f"config.model.vision.image_size={vision.image_size} is too small for "
+      f"scenes; {_LEAST_SCENE} is the least"
+    )
+  if config.data.source != "scenes":
+    raise ConfigError(
+      "config.data.source must be 'scenes' for the encoder job, not "
+      f"{config.data.source!r}: its hard negatives need the scenes' grammar"
+    )
+
+
+CHECKS: tuple[Callable[[Config], None], ...] = (
+  _check_folders,
+  _check_builder,
+  _check_mesh,
+  _check_accumulation,
+  _check_pixel_decoder,
+  _check_image_sizes,
+  _check_adversary,
+  _check_vision,
+)
+
+
+def check(config: Config) -> None:
+  """Checks the combinations of a config whose fields are valid.
+
+  Raises:
+    ConfigError: two fields do not go together.
+  """
+  for one in CHECKS:
+    one(config)
+
+
+def check_shards(config: Config, shards: int) -> None:
+  """Checks that every batch divides over the devices.
+
+  Args:
+    config: the job.
+    shards: parts that the mesh's data and fsdp axes cut a batch into.
+
+  Raises:
+    ConfigError: one does not; the message names the nearest batch that does.
+  """
+  batches = {
+    f"{stage}.train": (section.train.batch_size, section.train.accumulate)
+    for stage, section in config.sections.items()
+  } | {"eval": (config.eval.batch_size, 1)}
+  for path, (batch, parts) in batches.items():
+    if batch % (shards * parts):
+      split = f" in {parts} micro-batches" if parts > 1 else ""
+      raise ConfigError(
+        f"config.{path}.batch_size={batch} does not divide{split} over the "
+        f"{shards} shards of mesh axes data × fsdp; "
+        f"{_nearest_multiple(batch, shards * parts)} would"
+      )
+
+
+def check_devices(config: Config, devices: int) -> None:
+  """Checks that the mesh fits the number of devices.
+
+  Raises:
+    ConfigError: it does not; the message names one that does.
+  """
+  mesh = config.mesh
+  sizes = dataclasses.asdict(mesh)
+  known = math.prod(size for size in sizes.values() if size != -1)
+  fits = devices % known == 0 if -1 in sizes.values() else devices == known
+  if not fits:
+    fsdp = math.gcd(max(mesh.fsdp, 1), devices)
+    tensor = math.gcd(max(mesh.tensor, 1), devices // fsdp)
+    raise ConfigError(
+      f"config.mesh={sizes} does not fit this job's number of devices, "
+      f"{devices}; data=-1, fsdp={fsdp}, tensor={tensor} would"
+    )
