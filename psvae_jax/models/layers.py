@@ -10,6 +10,7 @@ Models without LayerScale set `layerscale_init=None`.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -203,7 +204,20 @@ class BlockStack(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, taps: tuple[int, ...] = ()) -> Any:
+    """Runs the blocks.
+
+    Args:
+      x: (B, N, D) tokens.
+      taps: ascending indices of blocks whose outputs are wanted.
+
+    Returns:
+      (B, N, D), the last block's output; with `taps` a tuple of theirs, and
+      the blocks after the last of them do not run.
+    """
+    if taps and not self.is_initializing():
+      return self._tapped(x, taps)
+
     def body(block, carry):
       return block(carry), None
 
@@ -219,4 +233,25 @@ class BlockStack(nn.Module):
     )
     block = Block(self.config, self.dtype, name="block")
     x, _ = scan(block, x.astype(self.dtype))
-    return x
+    return (x,) * len(taps) if taps else x
+
+  def _tapped(self, x: jax.Array, taps: tuple[int, ...]) -> tuple:
+    """Outputs of some blocks: one loop from each to the next.
+
+    A single loop would write out the output of every block.
+    """
+    block = Block(self.config, self.dtype, parent=None)
+    params = self.variables["params"]["block"]
+
+    def body(x, params):
+      return block.apply({"params": params}, x), None
+
+    if self.remat:
+      body = jax.checkpoint(body, prevent_cse=False)
+    outputs, start, x = [], 0, x.astype(self.dtype)
+    for tap in taps:
+      part = jax.tree.map(operator.itemgetter(slice(start, tap + 1)), params)
+      x, _ = jax.lax.scan(body, x, part, unroll=self.unroll)
+      outputs.append(x)
+      start = tap + 1
+    return tuple(outputs)

@@ -1,4 +1,4 @@
-"""Bicubic resampling that gives the same numbers as PyTorch's.
+"""Resampling that gives the same numbers as PyTorch's, bicubic and bilinear.
 
 `jax.image.resize` differs from `torch.nn.functional.interpolate`: another
 cubic (a = -0.5 against -0.75), other borders, and antialiasing by default.
@@ -10,6 +10,7 @@ product, which suits a TPU better than gathers and has an exact gradient.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,40 @@ def bicubic_matrix(
   return matrix
 
 
+@functools.lru_cache(maxsize=64)
+def bilinear_matrix(in_size: int, out_size: int) -> np.ndarray:
+  """Weights of a bilinear resampling along one axis, without antialiasing.
+
+  Equals `torch.nn.functional.interpolate(mode="bilinear",
+  align_corners=False)`: two neighbouring samples, whatever the scale.
+
+  Args:
+    in_size: samples along the axis, at least 1.
+    out_size: samples wanted, at least 1.
+
+  Returns:
+    (out_size, in_size) float64 array, read-only; every row sums to 1.
+
+  Raises:
+    ValueError: a size is below 1.
+  """
+  if in_size < 1 or out_size < 1:
+    raise ValueError(f"cannot resize an axis of {in_size} to {out_size}")
+  half = np.float32(0.5)  # positions in float32, see `bicubic_matrix`
+  scale = np.float32(in_size) / np.float32(out_size)
+  center = scale * (np.arange(out_size, dtype=np.float32) + half) - half
+  center = np.maximum(center, np.float32(0.0))
+  first = np.minimum(center.astype(np.int64), in_size - 1)
+  second = np.minimum(first + 1, in_size - 1)
+  weight = (center - first.astype(np.float32)).astype(np.float64)
+  matrix = np.zeros((out_size, in_size))
+  rows = np.arange(out_size)
+  np.add.at(matrix, (rows, first), 1.0 - weight)
+  np.add.at(matrix, (rows, second), weight)
+  matrix.flags.writeable = False
+  return matrix
+
+
 def resize_bicubic(
   images: jax.Array, size: tuple[int, int], *, antialias: bool = False
 ) -> jax.Array:
@@ -87,18 +122,45 @@ def resize_bicubic(
   Raises:
     ValueError: `images` has fewer than 3 axes or is not floating point.
   """
+  return _resize(
+    images, size, functools.partial(bicubic_matrix, antialias=antialias)
+  )
+
+
+def resize_bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes images as PyTorch's bilinear `interpolate` does.
+
+  Args:
+    images: (..., H, W, C) floating point, any range.
+    size: the (height, width) wanted.
+
+  Returns:
+    (..., height, width, C) in the dtype of `images`, computed in float32 (or
+    wider, if `images` is).
+
+  Raises:
+    ValueError: `images` has fewer than 3 axes or is not floating point.
+  """
+  return _resize(images, size, bilinear_matrix)
+
+
+def _resize(
+  images: jax.Array,
+  size: tuple[int, int],
+  matrix: Callable[[int, int], np.ndarray],
+) -> jax.Array:
   images = jnp.asarray(images)
   if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(
-      "resize_bicubic wants floating point images (..., H, W, C), got "
+      "resizing wants floating point images (..., H, W, C), got "
       f"{images.dtype} {images.shape}"
     )
   height, width = images.shape[-3:-1]
   if (height, width) == tuple(size):
     return images
   dtype = jnp.promote_types(images.dtype, jnp.float32)
-  rows = jnp.asarray(bicubic_matrix(height, size[0], antialias), dtype)
-  columns = jnp.asarray(bicubic_matrix(width, size[1], antialias), dtype)
+  rows = jnp.asarray(matrix(height, size[0]), dtype)
+  columns = jnp.asarray(matrix(width, size[1]), dtype)
   # HIGHEST: the default TPU product rounds to bfloat16, a visible error here.
   product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
   out = product("oh,...hwc->...owc", rows, images.astype(dtype))

@@ -139,6 +139,8 @@ class ViT(nn.Module):
     remat: recompute each block's activations in the backward pass.
     unroll: blocks per iteration of the compiled loop.
     dtype: compute dtype of matrix products.
+    taps: ascending indices of blocks, from 0, whose patch tokens are returned
+      in place of the final norm's, which there is none of then.
   """
 
   config: ViTConfig
@@ -146,9 +148,10 @@ class ViT(nn.Module):
   remat: bool = False
   unroll: int = 1
   dtype: Any = jnp.float32
+  taps: tuple[int, ...] = ()
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(self, images: jax.Array) -> Any:
     """Computes patch features.
 
     Args:
@@ -157,16 +160,20 @@ class ViT(nn.Module):
         native size: position embeddings are resized to the image.
 
     Returns:
-      (B, H/p, W/p, D) float32: patch tokens after the final norm.
+      (B, H/p, W/p, D) float32: patch tokens after the final norm. With `taps`
+      a tuple of (B, H/p · W/p, D) float32, as the blocks leave them.
 
     Raises:
-      ValueError: bad image shape, or unknown `final_norm`.
+      ValueError: bad image shape, `taps`, or unknown `final_norm`.
     """
     config = self.config
     if self.final_norm not in ("affine", "affine_free"):
       raise ValueError(
         f'final_norm is "affine" or "affine_free", not {self.final_norm!r}'
       )
+    taps, depth = self.taps, config.depth
+    if list(taps) != sorted({tap for tap in taps if 0 <= tap < depth}):
+      raise ValueError(f"taps {taps} must ascend within {depth} blocks")
     patch = config.patch_size
     if images.ndim != 4 or images.shape[3] != 3:
       raise ValueError(f"images must be (B, H, W, 3), got {images.shape}")
@@ -199,7 +206,10 @@ class ViT(nn.Module):
       unroll=self.unroll,
       dtype=self.dtype,
       name="blocks",
-    )(tokens)
+    )(tokens, taps)
+    if taps:
+      skip = prefix.shape[1]
+      return tuple(x[:, skip:].astype(layers.wide(self.dtype)) for x in tokens)
     # The norm acts on each token alone: drop CLS and registers before it.
     patches = tokens[:, prefix.shape[1] :]
     patches = layers.LayerNorm(
