@@ -14,11 +14,15 @@ Examples are sorted by the bytes of their relative path, so that a data set
 has the same order on every machine. Names starting with a dot are ignored.
 Paths and captions are kept as packed bytes, not as Python objects: 16 bytes an
 example beside the text itself.
+
+A metadata row that cannot be used is an example too, whose reading fails: its
+place in the order does not depend on what is wrong with it. A row that cannot
+even be read goes by the name of its file and line.
 """
 
 import array
-import csv
-import json
+import bisect
+import heapq
 import logging
 import os
 import posixpath
@@ -27,10 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax.data import images
-
-CAPTION_COLUMNS = ("text", "caption")
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+from psvae_jax.data import images, quarantine
+from psvae_jax.data.folder_metadata import METADATA_FILES, Caption, Metadata
 
 
 class FolderSource:
@@ -42,6 +44,7 @@ class FolderSource:
   Attributes:
     root: the folder.
     captions: as given.
+    faults: index → fault of the examples that metadata cannot describe.
   """
 
   def __init__(
@@ -50,6 +53,7 @@ class FolderSource:
     *,
     captions: str = "auto",
     max_pixels: int = images.MAX_PIXELS,
+    gone: Iterable[str] = (),
   ):
     """Lists the folder; no image is opened.
 
@@ -59,10 +63,13 @@ class FolderSource:
         none), "none", "folder" (the name of each image's own folder), or the
         name of a metadata column, which every row must then have.
       max_pixels: larger images are refused when they are read.
+      gone: paths that were images of this folder once. Where they are missing
+        now, they keep their places as examples that cannot be read.
 
     Raises:
-      FileNotFoundError: `root` is missing, or metadata names a missing file.
-      ValueError: no images, or broken metadata (the message says file:line).
+      FileNotFoundError: `root` is missing.
+      ValueError: no images, a broken metadata file, or no row of it that can
+        be used (the message says file:line).
     """
     self.root = os.fspath(root)
     self.captions = captions
@@ -72,12 +79,18 @@ class FolderSource:
         f"Image folder {self.root!r} does not exist or is not a folder."
       )
     scan = _Scan(self.root, captions)
-    self._paths, self._texts = _PackedStrings.pack(scan.examples(), columns=2)
+    self._pack(scan.examples())
+    self._insert([*scan.missing, *self._still_gone(gone)])
     if not len(self._paths):
       raise ValueError(
         f"No images in {self.root!r} or below; looked for names ending in "
         + ", ".join(images.EXTENSIONS)
         + "."
+      )
+    if len(self.faults) == len(self._paths):
+      raise ValueError(
+        f"None of the {len(self)} examples of {self.root!r} can be used: "
+        + self.faults[0].cause
       )
     if scan.unlisted:
       logging.warning(
@@ -98,8 +111,18 @@ class FolderSource:
     return len(self._paths)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Reads and decodes one image; ValueError names a file that is broken."""
+    """Reads and decodes one image.
+
+    Raises:
+      IndexError: there is no such example.
+      quarantine.CaptionError: its caption is broken.
+      ValueError, OSError: its image is; the message names the file.
+    """
     path = self.path(index)
+    fault = self.faults.get(index)
+    if fault is not None:
+      is_caption = fault.kind == "caption"
+      raise (quarantine.CaptionError if is_caption else ValueError)(fault.cause)
     image = images.decode_image(
       os.path.join(self.root, path), max_pixels=self._max_pixels
     )
@@ -116,6 +139,15 @@ class FolderSource:
       f"length={len(self)})"
     )
 
+  @property
+  def name(self) -> str:
+    """What to call the source: its folder."""
+    return self.root
+
+  def is_available(self) -> bool:
+    """Whether the folder is there."""
+    return os.path.isdir(self.root)
+
   def path(self, index: int) -> str:
     """Path of one example relative to the root, with forward slashes."""
     return self._paths[index]
@@ -131,10 +163,45 @@ class FolderSource:
     """A source of only these examples, in this order, indexed from 0."""
     selected = object.__new__(FolderSource)
     selected.__dict__.update(self.__dict__)
-    selected._paths, selected._texts = _PackedStrings.pack(
-      ((self._paths[i], self._texts[i]) for i in indices), columns=2
-    )
+    selected._pack(self._example(int(i)) for i in indices)
     return selected
+
+  def _example(self, index: int) -> tuple[str, Caption]:
+    caption = self.faults.get(index) or self._texts[index]
+    return self._paths[index], caption
+
+  def _pack(self, examples: Iterable[tuple[str, Caption]]) -> None:
+    """Takes over the examples, which may come from a generator."""
+    faults: dict[int, quarantine.Fault] = {}
+
+    def rows() -> Iterator[tuple[str, str]]:
+      for index, (path, caption) in enumerate(examples):
+        if isinstance(caption, quarantine.Fault):
+          faults[index], caption = caption, ""
+        yield path, caption
+
+    self._paths, self._texts = _PackedStrings.pack(rows(), columns=2)
+    self.faults = faults
+
+  def _insert(self, examples: list[tuple[str, quarantine.Fault]]) -> None:
+    """Puts further examples in their places of the order."""
+    if examples:
+      own = (self._example(i) for i in range(len(self._paths)))
+      examples = sorted(examples, key=_order)
+      self._pack(heapq.merge(own, examples, key=_order))
+
+  def _still_gone(
+    self, paths: Iterable[str]
+  ) -> Iterator[tuple[str, quarantine.Fault]]:
+    """Those of `paths` that the folder lacks now."""
+    for path in sorted(set(paths), key=_path_order):
+      place = bisect.bisect_left(
+        self._paths, _path_order(path), key=_path_order
+      )
+      is_there = place < len(self._paths) and self._paths[place] == path
+      if _is_image(path) and not is_there:
+        cause = f"{os.path.join(self.root, path)!r} does not exist any more."
+        yield path, quarantine.Fault("image", cause)
 
 
 class _PackedStrings:
@@ -177,6 +244,7 @@ class _Scan:
   Attributes:
     has_metadata: whether a metadata file was found.
     unlisted: images left out because metadata does not list them.
+    missing: (path, fault) of metadata rows without a usable file.
     is_class_layout: no metadata, and all images lie in two or more folders
       directly below the root.
 
@@ -186,6 +254,7 @@ class _Scan:
   def __init__(self, root: str, captions: str):
     self.has_metadata = False
     self.unlisted = 0
+    self.missing: list[tuple[str, quarantine.Fault]] = []
     self._root, self._captions = root, captions
     self._class_folders: set[str] = set()
     self._is_flat_or_deep = False
@@ -198,16 +267,16 @@ class _Scan:
       and len(self._class_folders) > 1
     )
 
-  def examples(self) -> Iterator[tuple[str, str]]:
+  def examples(self) -> Iterator[tuple[str, Caption]]:
     """Yields (relative path, caption), sorted by path."""
     yield from self._walk("", None, ())
 
   def _walk(
     self,
     folder: str,
-    rows: "_Metadata | None",
+    rows: "Metadata | None",
     ancestors: tuple[tuple[int, int], ...],
-  ) -> Iterator[tuple[str, str]]:
+  ) -> Iterator[tuple[str, Caption]]:
     """Walks `folder` (relative; "" is the root), which `rows` describes."""
     status = os.stat(os.path.join(self._root, folder))
     identity = (status.st_dev, status.st_ino)
@@ -217,9 +286,9 @@ class _Scan:
     with os.scandir(os.path.join(self._root, folder)) as entries:
       for entry in entries:
         if not entry.name.startswith("."):
-          (folders if entry.is_dir() else files).add(entry.name)
+          (folders if _is_dir(entry) else files).add(entry.name)
 
-    own_rows = _Metadata.find(self._root, folder, files, self._captions)
+    own_rows = Metadata.find(self._root, folder, files, self._captions)
     if own_rows is not None:
       self.has_metadata = True
       rows = own_rows
@@ -240,7 +309,7 @@ class _Scan:
         for caption in captions:
           yield path, caption
     if own_rows is not None:
-      own_rows.check_all_taken()
+      self.missing += own_rows.take_rest(images.EXTENSIONS)
 
   def _note_layout(self, folder: str) -> None:
     if not folder or "/" in folder:
@@ -249,120 +318,24 @@ class _Scan:
       self._class_folders.add(folder)
 
 
-class _Metadata:
-  """Rows of one metadata file, taken one path at a time during the walk."""
-
-  def __init__(self, root: str, folder: str, name: str, captions: str):
-    self._root = root
-    self._file = os.path.join(root, folder, name)
-    # path relative to the root → [line, caption, caption, …]
-    self._rows: dict[str, list[Any]] = {}
-    read = _read_csv if name.endswith(".csv") else _read_jsonl
-    for line, row in read(self._file):
-      place = f"{self._file}:{line}"
-      name = row.get("file_name")
-      if not isinstance(name, str) or not name:
-        raise ValueError(f"{place}: no file name under 'file_name'.")
-      path = posixpath.normpath(posixpath.join(folder, name))
-      if path.startswith(("/", "../")):
-        raise ValueError(
-          f"{place}: {name!r} lies outside the image folder {root!r}."
-        )
-      self._rows.setdefault(path, [line]).append(
-        _row_caption(row, captions, place)
-      )
-
-  @classmethod
-  def find(
-    cls, root: str, folder: str, files: set[str], captions: str
-  ) -> "_Metadata | None":
-    """The metadata among `files` of `folder`; None if there is none."""
-    found = [name for name in METADATA_FILES if name in files]
-    if len(found) > 1:
-      raise ValueError(
-        f"{os.path.join(root, folder)!r} has both {found[0]} and {found[1]}; "
-        "remove one."
-      )
-    return cls(root, folder, found[0], captions) if found else None
-
-  def take(self, path: str) -> list[str]:
-    """Captions of all rows that name `path`; empty if none does."""
-    return self._rows.pop(path, [0])[1:]
-
-  def check_all_taken(self) -> None:
-    """Raises for a row whose file the walk did not meet."""
-    for path, (line, *_) in self._rows.items():
-      place = f"{self._file}:{line}"
-      full_path = os.path.join(self._root, path)
-      missing = f"({len(self._rows)} such rows in all)"
-      if not os.path.exists(full_path):
-        raise FileNotFoundError(
-          f"{place}: {full_path!r} does not exist {missing}."
-        )
-      raise ValueError(
-        f"{place}: {full_path!r} cannot be used {missing}: its name starts "
-        "with a dot, its folder has metadata of its own, or it does not end "
-        "in " + ", ".join(images.EXTENSIONS) + "."
-      )
-
-
 def _is_image(name: str) -> bool:
   return name.lower().endswith(images.EXTENSIONS)
 
 
-def _row_caption(row: dict[str, Any], captions: str, place: str) -> str:
-  """Caption of one metadata row; `place` is file:line for errors."""
-  if captions in ("none", "folder"):
-    return ""
-  if captions == "auto":
-    column = next((name for name in CAPTION_COLUMNS if name in row), None)
-    if column is None:
-      return ""
-  else:
-    column = captions
-    if column not in row:
-      raise ValueError(
-        f"{place}: no column {column!r}, which captions={captions!r} asks "
-        "for; there are " + ", ".join(sorted(row)) + "."
-      )
-  caption = row[column]
-  if caption is None:
-    return ""
-  if not isinstance(caption, str):
-    raise ValueError(
-      f"{place}: {column!r} must be text, not {type(caption).__name__}."
-    )
-  return caption
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself; reading it will say so
+    return False
 
 
-def _read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields (line number, row) of a JSON-lines file."""
-  with open(path, "rb") as file:
-    for line, data in enumerate(file, start=1):
-      if not data.strip():
-        continue
-      try:
-        row = json.loads(data.decode("utf-8-sig"))
-      except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"{path}:{line}: not valid JSON ({error}).") from error
-      if not isinstance(row, dict):
-        raise ValueError(
-          f"{path}:{line}: a JSON object is needed, such as "
-          '{"file_name": "1.jpg", "text": "a cat"}.'
-        )
-      yield line, row
+def _order(example: tuple[str, Caption]) -> bytes:
+  return _path_order(example[0])
 
 
-def _read_csv(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields (line number, row) of a comma-separated file with a header."""
-  with open(path, encoding="utf-8-sig", newline="") as file:
-    reader = csv.DictReader(file)
-    try:
-      if "file_name" not in (reader.fieldnames or ()):
-        raise ValueError("its first line has no column 'file_name'")
-      for row in reader:
-        if None in row:
-          raise ValueError("more values than the first line has columns")
-        yield reader.line_num, row
-    except (csv.Error, ValueError) as error:
-      raise ValueError(f"{path}:{reader.line_num}: {error}.") from error
+def _path_order(path: str) -> bytes:
+  """The bytes of a path, by which examples are sorted."""
+  try:
+    return os.fsencode(path)
+  except UnicodeEncodeError:  # from a metadata row; no file has this name
+    return path.encode("utf-8", "surrogatepass")

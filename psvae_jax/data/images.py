@@ -8,7 +8,8 @@ multi-page file the first frame is taken.
 
 import io
 import os
-import pathlib
+import re
+import stat
 
 import numpy as np
 from PIL import Image
@@ -31,10 +32,22 @@ EXTENSIONS = (
 # Where Pillow itself starts to warn: a quarter of a gigabyte in RGB.
 MAX_PIXELS = 89_478_485
 
+# A file is read whole before it is looked at; this holds the largest image in
+# 16-bit RGBA without compression.
+MAX_BYTES = 1 << 30
+
+# A progressive JPEG has some ten scans. Each one costs a pass over all blocks
+# and may be a few bytes long, so thousands of them would take an hour.
+MAX_JPEG_SCANS = 500
+
 _ORIENTATION_TAG = 0x0112
+_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 322, 323
 _TIFF_BITS_PER_SAMPLE = 258
 _TIFF_PHOTOMETRIC = 262
 _TIFF_WHITE_IS_ZERO = 0
+
+# Any marker but stuffed bytes, restarts and fill.
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 _ORIENTATIONS = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -73,7 +86,8 @@ def decode_image(
   if isinstance(source, bytes):
     data, name = source, name or f"image of {len(source)} bytes"
   else:
-    data, name = pathlib.Path(source).read_bytes(), name or os.fspath(source)
+    name = name or os.fspath(source)
+    data = _read_file(source, name)
   if not data:
     raise ValueError(f"{name}: the file is empty.")
 
@@ -94,16 +108,68 @@ def decode_image(
         "trusted."
       )
     try:
+      _refuse_hidden_work(image, data, max_pixels)
       image.load()
       orientation = _orientation(image)
       rgb = _to_rgb(image)
+      if orientation in _ORIENTATIONS:
+        rgb = rgb.transpose(_ORIENTATIONS[orientation])
+      return np.array(rgb)
     except Exception as error:
       raise ValueError(
         f"{name}: cannot decode the image ({_cause(error)})."
       ) from error
-  if orientation in _ORIENTATIONS:
-    rgb = rgb.transpose(_ORIENTATIONS[orientation])
-  return np.array(rgb)
+
+
+def _read_file(path: str | os.PathLike[str], name: str) -> bytes:
+  """The bytes of a regular file of no more than `MAX_BYTES`."""
+  # Without O_NONBLOCK, opening a named pipe would wait for its other end.
+  flags = (
+    os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+  )
+  with open(os.open(path, flags), "rb") as file:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+      raise ValueError(f"{name}: not a regular file.")
+    if status.st_size > MAX_BYTES:
+      raise ValueError(
+        f"{name}: {status.st_size} bytes exceed the limit of {MAX_BYTES} for "
+        "an image file."
+      )
+    return file.read()
+
+
+def _refuse_hidden_work(
+  image: Image.Image, data: bytes, max_pixels: int
+) -> None:
+  """Refuses what is cheap to store and dear to decode, whatever the size."""
+  if image.format == "JPEG" and _is_many_scans(data):
+    raise ValueError(f"it has more than {MAX_JPEG_SCANS} scans")
+  if image.format == "TIFF":
+    # libtiff decodes whole tiles, however little of them the image shows.
+    width = image.tag_v2.get(_TIFF_TILE_WIDTH, 1)
+    length = image.tag_v2.get(_TIFF_TILE_LENGTH, 1)
+    if width * length > max_pixels:
+      raise ValueError(
+        f"its tiles of {width} × {length} pixels exceed the limit of "
+        f"{max_pixels}"
+      )
+
+
+def _is_many_scans(data: bytes) -> bool:
+  """Whether a JPEG has more than `MAX_JPEG_SCANS` scans."""
+  # Cheap, but also finds the pair in metadata and behind the image.
+  if data.count(b"\xff\xda") <= MAX_JPEG_SCANS:
+    return False
+  scans, position = 0, 2
+  while match := _JPEG_MARKER.search(data, position):
+    marker, position = data[match.end() - 1], match.end()
+    if marker == 0xD9:  # end of image
+      break
+    scans += marker == 0xDA
+    if marker not in (0x01, 0xD8):  # the others carry their length
+      position += max(2, int.from_bytes(data[position : position + 2], "big"))
+  return scans > MAX_JPEG_SCANS
 
 
 def _cause(error: Exception) -> str:

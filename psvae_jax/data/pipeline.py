@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from psvae_jax.data import transforms
+from psvae_jax.data import guarded, transforms
 
 Batch = dict[str, Any]
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -85,8 +85,9 @@ def train_iterator(
     dropped.
 
   Raises:
-    ValueError: a bad setting; at `next`, an image that is broken or, with
-      augment="none", of another size.
+    ValueError: a bad setting; at `next`, an image of another size with
+      augment="none", a broken one in a source that is not guarded, or more
+      broken ones than a guarded source may have.
   """
   local_size = _local_batch_size(batch_size, process_index, process_count)
   if not len(source):
@@ -133,7 +134,8 @@ def eval_batches(
   """One pass over the first `num_examples` examples, centre-cropped.
 
   Every host yields the same number of batches of the same shape; the rows
-  after the last example are padding.
+  after the last example are padding, and so is the row of a bad record of a
+  `guarded.GuardedSource`: no image counts twice.
 
   Args:
     source: the examples.
@@ -229,6 +231,8 @@ class _PaddedSource:
     batch_size: int,
     padding: dict[str, Any],
   ):
+    is_guarded = isinstance(source, guarded.GuardedSource)
+    self._read = source.read if is_guarded else source.__getitem__
     self._source, self._crop = source, crop
     self._num_examples, self._padding = num_examples, padding
     self._length = -(-num_examples // batch_size) * batch_size
@@ -239,7 +243,10 @@ class _PaddedSource:
   def __getitem__(self, index: int) -> dict[str, Any]:
     if index >= self._num_examples:
       return self._padding
-    element = self._crop(self._source[index], None)
+    element = self._read(index)
+    if element is None:
+      return self._padding
+    element = self._crop(element, None)
     return {
       "image": element["image"],
       "index": np.int64(index),

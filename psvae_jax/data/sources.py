@@ -1,11 +1,20 @@
 """Names in a config → sources: which data, and which part of it."""
 
 import hashlib
+import os
 
 import numpy as np
 
 from psvae_jax.config import DataConfig
-from psvae_jax.data import bundled, folder, pipeline, scenes
+from psvae_jax.data import (
+  bundled,
+  folder,
+  guarded,
+  pipeline,
+  quarantine,
+  scenes,
+  tfds_images,
+)
 
 SPLITS = ("train", "validation")
 
@@ -18,7 +27,10 @@ _BUNDLED_TRAIN = 10_000
 
 
 def make_source(
-  config: DataConfig, split: str, image_size: int
+  config: DataConfig,
+  split: str,
+  image_size: int,
+  quarantine_file: str | os.PathLike[str] | None = None,
 ) -> pipeline.Source:
   """The source of one split.
 
@@ -27,12 +39,17 @@ def make_source(
     split: "train" or "validation"; they share no image.
     image_size: height and width at which scenes are drawn, pixels. Other
       sources keep the size of their files.
+    quarantine_file: `quarantine.jsonl` of the run, where records of folders
+      and data sets that cannot be used are named. An earlier run's may be
+      there. None counts and logs them only.
 
   Returns:
-    A random-access source of {"image", "caption", "index", …}.
+    A random-access source of {"image", "caption", "index", …}. Folders and
+    data sets are a `guarded.GuardedSource`.
 
   Raises:
-    ValueError: unknown split, or a split without images.
+    ValueError: unknown split, a split without images, or more metadata rows
+      that cannot be used than `config.max_bad_share` allows.
     FileNotFoundError: a folder or a file that is missing.
   """
   if split not in SPLITS:
@@ -51,16 +68,40 @@ def make_source(
   if config.source == "bundled":
     default = _BUNDLED_TRAIN if split == "train" else None
     return bundled.BundledSource(split, length=limit or default)
-  return _folder_source(config, split, limit)
+  if config.source == "tfds":
+    source = tfds_images.TfdsSource(
+      config.builder,
+      config.split if split == "train" else config.eval_split,
+      data_dir=config.root,
+      captions=config.captions,
+      limit=limit,
+    )
+  else:
+    source = _folder_source(config, split, limit, quarantine_file)
+  return guarded.GuardedSource(
+    source,
+    split=split,
+    max_bad_share=config.max_bad_share,
+    file=quarantine_file,
+  )
 
 
 def _folder_source(
-  config: DataConfig, split: str, limit: int
+  config: DataConfig,
+  split: str,
+  limit: int,
+  quarantine_file: str | os.PathLike[str] | None,
 ) -> folder.FolderSource:
   """One split of a folder: the whole of it, or its side of the hold-out."""
   own_root = config.eval_root if split == "validation" else ""
+  root = own_root or config.root
+  # A file that an earlier run found broken and that was then removed must not
+  # move all that follow it. Of either split: the hold-out depends on both.
+  known = [] if quarantine_file is None else quarantine.read(quarantine_file)
   source = folder.FolderSource(
-    own_root or config.root, captions=config.captions
+    root,
+    captions=config.captions,
+    gone=[entry["path"] for entry in known if entry["source"] == root],
   )
   keys = np.array([_hash(source.path(i)) for i in range(len(source))])
   keep = np.ones(len(source), bool)

@@ -18,6 +18,10 @@ from PIL import Image
 Element = dict[str, Any]
 Transform = Callable[[Element, np.random.Generator], Element]
 
+# Resizing a strip of one by a million pixels to 256 would take 256 million; the
+# centre needs no more than this.
+_MAX_ASPECT = 64
+
 AUGMENTS = ("none", "center", "crop", "crop_flip")
 
 
@@ -77,7 +81,8 @@ def center_crop(size: int) -> Transform:
     height, width = element["image"].shape[:2]
     if (height, width) == (size, size):
       return element
-    image = _halve(Image.fromarray(element["image"]), size)
+    image = Image.fromarray(_shorten(element["image"]))
+    image = _halve(image, size)
     scale = size / min(image.size)
     image = image.resize(
       (round(image.width * scale), round(image.height * scale)),
@@ -121,6 +126,14 @@ def random_flip(element: Element, rng: np.random.Generator) -> Element:
   if rng.random() < 0.5:
     return element
   return {**element, "image": np.ascontiguousarray(element["image"][:, ::-1])}
+
+
+def _shorten(image: np.ndarray) -> np.ndarray:
+  """Cuts the ends off a strip longer than `_MAX_ASPECT` times its width."""
+  height, width = image.shape[:2]
+  longest = _MAX_ASPECT * min(height, width)
+  top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+  return image[top : top + longest, left : left + longest]
 
 
 def _halve(image: Image.Image, size: int) -> Image.Image:

@@ -92,7 +92,7 @@ def test_make_source_bundled_and_folder(tmp_path):
   (tmp_path / "b.png").write_bytes(b"")
   config = sources.DataConfig(source="folder", root=str(tmp_path))
   source = sources.make_source(config, "train", 32)
-  assert isinstance(source, folder.FolderSource)
+  assert isinstance(source.source, folder.FolderSource)
 
 
 def test_unknown_split():

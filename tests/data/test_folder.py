@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psvae_jax.data import folder, sources
+from psvae_jax.data import folder, quarantine, sources
 
 
 def write_image(path, value: int = 0, size: tuple[int, int] = (3, 2)) -> None:
@@ -22,6 +22,7 @@ def write_jsonl(path, rows) -> None:
 
 
 def listing(source) -> list[tuple[str, str]]:
+  source = getattr(source, "source", source)  # without its guard
   return [(source.path(i), source.caption(i)) for i in range(len(source))]
 
 
@@ -141,47 +142,118 @@ def test_caption_column_by_name(tmp_path):
     folder.FolderSource(tmp_path, captions="alt")
 
 
-@pytest.mark.parametrize(
-  "line, message",
-  [
-    ('{"file_name": "1.png", "text": "a"', "not valid JSON"),
-    ('["1.png", "a"]', "a JSON object is needed"),
-    ('{"text": "a"}', "no file name"),
-    ('{"file_name": 3}', "no file name"),
-    ('{"file_name": "1.png", "text": ["a"]}', "must be text, not list"),
-    ('{"file_name": "../1.png"}', "outside the image folder"),
-    ('{"file_name": "/1.png"}', "outside the image folder"),
-    ('{"file_name": "gone.png"}', "gone.png' does not exist"),
-    ('{"file_name": "notes.txt"}', "cannot be used"),
-    (b'{"file_name": "\xff"}', "not valid JSON"),
-  ],
-)
-def test_broken_jsonl_names_file_and_line(tmp_path, line, message):
+BROKEN_ROWS = [
+  # line, path it goes by, kind, cause
+  ('{"file_name": "1.png", "text": "a"', None, "caption", "not valid JSON"),
+  ("[" * 50_000, None, "caption", "not valid JSON"),
+  ('["1.png", "a"]', None, "caption", "a JSON object is needed"),
+  ('{"text": "a"}', None, "image", "no file name"),
+  ('{"file_name": 3}', None, "image", "no file name"),
+  ('{"file_name": "../1.png"}', None, "image", "outside the image folder"),
+  ('{"file_name": ".."}', None, "image", "outside the image folder"),
+  ('{"file_name": "/1.png"}', None, "image", "outside the image folder"),
+  ('{"file_name": "2.png", "text": ["a"]}', "2.png", "caption", "not list"),
+  (b'{"file_name": "2.png", "text": "\xff"}', "2.png", "caption", "UTF-8"),
+  ('{"file_name": "2.png", "text": "\\ud800"}', "2.png", "caption", "UTF-8"),
+  ('{"file_name": "0.png"}', "0.png", "image", "0.png' does not exist"),
+  ('{"file_name": "z/0.png"}', "z/0.png", "image", "0.png' does not exist"),
+  ('{"file_name": "notes.txt"}', "notes.txt", "image", "cannot be used"),
+  (b'{"file_name": "\xff"}', "\udcff", "image", "does not exist"),
+  ('{"file_name": "\\ud800"}', "\ud800", "image", "does not exist"),
+  ('{"file_name": "a\\u0000"}', "a\0", "image", "does not exist"),
+]
+
+
+@pytest.mark.parametrize("line, path, kind, cause", BROKEN_ROWS)
+def test_broken_jsonl_row_is_one_bad_example(tmp_path, line, path, kind, cause):
   write_image(tmp_path / "1.png")
+  write_image(tmp_path / "2.png")
   (tmp_path / "notes.txt").write_text("")
   line = line if isinstance(line, bytes) else line.encode()
   good = b'{"file_name": "1.png", "text": "a"}\n'
   (tmp_path / "metadata.jsonl").write_bytes(good + b"\n" + line + b"\n")
-  kind = FileNotFoundError if "exist" in message else ValueError
-  with pytest.raises(kind, match=rf"metadata\.jsonl:3: .*{message}"):
-    folder.FolderSource(tmp_path)
+  source = folder.FolderSource(tmp_path)
+  path = path or "metadata.jsonl:3"
+  paths = [source.path(i) for i in range(2)]
+  assert sorted(paths) == sorted(["1.png", path])
+  bad = paths.index(path)
+  assert source[1 - bad]["caption"] == "a"
+  assert list(source.faults) == [bad] and source.faults[bad].kind == kind
+  error = ValueError if kind == "image" else quarantine.CaptionError
+  with pytest.raises(error, match=rf"metadata\.jsonl:3: .*{cause}"):
+    source[bad]
+  part = source.select([bad, 1 - bad])
+  assert list(part.faults) == [0] and part.path(0) == path
 
 
 @pytest.mark.parametrize(
-  "content, message",
+  "row, path, kind, cause",
   [
-    ("name,text\n1.png,a\n", "1: its first line has no column 'file_name'"),
-    ("", "0: its first line has no column 'file_name'"),
-    ("file_name,text\n1.png,a,b\n", "2: more values than"),
-    ("file_name,text\n1.png,a\n,b\n", "3: no file name"),
-    ("file_name\ngone.png\n", "2: .*gone.png' does not exist"),
+    ("1.png,a,b", "1.png", "caption", "more values than"),
+    (",b", "metadata.csv:3", "image", "no file name"),
+    ("gone.png,b", "gone.png", "image", "gone.png' does not exist"),
+    ("2.png", "2.png", "caption", "'text' must be text, not null"),
+    (b"2.png,\xff", "2.png", "caption", "'text' is not valid UTF-8"),
   ],
 )
-def test_broken_csv_names_file_and_line(tmp_path, content, message):
+def test_broken_csv_row_is_one_bad_example(tmp_path, row, path, kind, cause):
   write_image(tmp_path / "1.png")
-  (tmp_path / "metadata.csv").write_text(content)
-  kind = FileNotFoundError if "exist" in message else ValueError
-  with pytest.raises(kind, match=rf"metadata\.csv:{message}"):
+  write_image(tmp_path / "2.png")
+  row = row if isinstance(row, bytes) else row.encode()
+  (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n1.png,a\n" + row)
+  source = folder.FolderSource(tmp_path, captions="text")
+  ((index, fault),) = source.faults.items()
+  assert len(source) == 2 and source.path(index) == path and fault.kind == kind
+  with pytest.raises(ValueError, match=rf"metadata\.csv:3: .*{cause}"):
+    source[index]
+
+
+def test_missing_files_keep_their_places(tmp_path):
+  names = ["a.png", "b-1.png", "b/1.png", "b/2.png", "c/d/1.png", "e.png"]
+  for name in names:
+    write_image(tmp_path / name)
+  rows = [{"file_name": name, "text": name} for name in names]
+  rows.append({"file_name": "b/1.png", "text": "again"})
+  write_jsonl(tmp_path / "metadata.jsonl", rows)
+  whole = listing(folder.FolderSource(tmp_path))
+  for name in ("b-1.png", "b/1.png", "c/d/1.png"):
+    (tmp_path / name).unlink()
+  (tmp_path / "c" / "d").rmdir()
+  source = folder.FolderSource(tmp_path)
+  assert [source.path(i) for i in range(7)] == [path for path, _ in whole]
+  assert sorted(source.faults) == [1, 2, 3, 5]
+  good = [0, 4, 6]
+  assert [listing(source)[i] for i in good] == [whole[i] for i in good]
+
+
+def test_files_that_are_gone_keep_their_places(tmp_path):
+  for name in ("a.png", "b/1.png", "c.png"):
+    write_image(tmp_path / name)
+  gone = ["b/0.png", "a.png", "z.png", "metadata.jsonl:7", "b/0.png"]
+  source = folder.FolderSource(tmp_path, gone=gone)
+  paths = [path for path, _ in listing(source)]
+  assert paths == ["a.png", "b/0.png", "b/1.png", "c.png", "z.png"]
+  assert sorted(source.faults) == [1, 4]
+  with pytest.raises(ValueError, match=r"z\.png' does not exist any more"):
+    source[4]
+  assert source[2]["path"] == "b/1.png"
+
+
+@pytest.mark.parametrize(
+  "name, content, message",
+  [
+    ("metadata.csv", "name,text\n1.png,a\n", "csv:1: .*no column 'file_name'"),
+    ("metadata.csv", "", "csv:0: .*no column 'file_name'"),
+    ("metadata.csv", "file_name\ngone.png\n", "csv:2: .*does not exist"),
+    ("metadata.csv", "file_name\n" + "x" * 200_000, "csv:1: field larger"),
+    ("metadata.jsonl", "file_name,text\n1.png,a\n", "jsonl:1: not valid JSON"),
+    ("metadata.jsonl", "{}\n" * 2000, "jsonl:1000: .* 1000 rows before"),
+  ],
+)
+def test_broken_metadata_file_is_an_error(tmp_path, name, content, message):
+  write_image(tmp_path / "1.png")
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=message):
     folder.FolderSource(tmp_path)
 
 
@@ -219,6 +291,17 @@ def test_symbolic_links_are_followed_but_not_in_circles(tmp_path):
   (root / "linked").symlink_to(tmp_path / "store")
   (tmp_path / "store" / "back").symlink_to(root)
   assert listing(folder.FolderSource(root)) == [("linked/1.png", "")]
+
+
+def test_link_to_itself_is_one_bad_image(tmp_path):
+  write_image(tmp_path / "1.png")
+  (tmp_path / "2.png").symlink_to(tmp_path / "2.png")
+  (tmp_path / "3.png").symlink_to(tmp_path / "nowhere.png")
+  source = folder.FolderSource(tmp_path)
+  assert len(source) == 3
+  for index in (1, 2):
+    with pytest.raises(OSError):
+      source[index]
 
 
 def test_odd_file_names(tmp_path):

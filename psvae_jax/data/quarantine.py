@@ -1,0 +1,289 @@
+"""Records that cannot be used: counted, named once in a file, limited.
+
+`quarantine.jsonl` holds one JSON object a line and bad record: "split",
+"source" (folder or data set), "index" and "path" in it, "kind" ("image" or
+"caption"), "cause" and "time". Every process of a run appends to the same
+file; a record that is in it already is not listed again.
+
+Only bad records are held in memory, and at most as many as are allowed.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import math
+import os
+import pathlib
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+try:
+  import fcntl
+except ImportError:  # Windows: one process a run
+  fcntl = None
+
+KINDS = ("image", "caption")
+
+_LOGGED = 10  # records named in the log; the file names all
+_EXAMPLES = 3
+_MAX_CAUSE = 500
+
+
+class CaptionError(ValueError):
+  """A record's caption cannot be used; its image may be sound."""
+
+
+class DataError(ValueError):
+  """More of the data cannot be used than the config allows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """Why a record cannot be used.
+
+  Attributes:
+    kind: "image" or "caption".
+    cause: one line for the user.
+  """
+
+  kind: str
+  cause: str
+
+  @classmethod
+  def of(cls, error: Exception) -> "Fault":
+    """What an error of a source says about the record."""
+    kind = "caption" if isinstance(error, CaptionError) else "image"
+    cause = " ".join((str(error) or type(error).__name__).split())
+    return cls(kind, cause[:_MAX_CAUSE])
+
+
+class Quarantine:
+  """The bad records of one split, of which only so many are allowed.
+
+  Safe to use from several threads.
+
+  Attributes:
+    limit: how many there may be.
+    file: where they are named; None keeps them in the log only.
+  """
+
+  def __init__(
+    self,
+    *,
+    split: str,
+    source: str,
+    num_records: int,
+    max_bad_share: float,
+    file: str | os.PathLike[str] | None = None,
+  ):
+    """Starts empty: a record counts when this process finds it bad.
+
+    Args:
+      split: name of the split.
+      source: name of the folder or data set.
+      num_records: records of the split.
+      max_bad_share: share of them that may be bad, in [0, 1).
+      file: `quarantine.jsonl`, which may exist from an earlier run.
+    """
+    self.file = None if file is None else pathlib.Path(file)
+    # The product of 0.29 and 100 lies below 29.
+    self.limit = math.floor(max_bad_share * num_records + 1e-9)
+    self._split, self._source = split, source
+    self._num_records, self._max_bad_share = num_records, max_bad_share
+    self._kinds: dict[int, str] = {}
+    self._examples: list[str] = []
+    self._writer = None if file is None else _Writer(self.file)
+    self._lock = threading.Lock()
+
+  def __contains__(self, index: int) -> bool:
+    return index in self._kinds
+
+  def __len__(self) -> int:
+    return len(self._kinds)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock())
+
+  def counts(self) -> dict[str, int]:
+    """Bad records by kind, as far as this process has met them."""
+    with self._lock:
+      kinds = list(self._kinds.values())
+    return {kind: kinds.count(kind) for kind in KINDS}
+
+  def add(self, faults: Mapping[int, tuple[str, Fault]]) -> None:
+    """Counts and lists records, those that are known already excepted.
+
+    Args:
+      faults: index → (path, fault).
+
+    Raises:
+      DataError: there are now more than `limit`.
+    """
+    with self._lock:
+      new = {i: f for i, f in faults.items() if i not in self._kinds}
+      if not new:
+        return
+      for index, (path, fault) in new.items():
+        self._kinds[index] = fault.kind
+        if len(self._examples) < _EXAMPLES:
+          self._examples.append(f"{path} ({fault.cause})")
+      self._log(new)
+      if self._writer is not None:
+        self._writer.append([self._entry(i, *f) for i, f in new.items()])
+      if len(self._kinds) > self.limit:
+        raise DataError(self._message())
+
+  def _entry(self, index: int, path: str, fault: Fault) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+      "split": self._split,
+      "source": self._source,
+      "index": int(index),
+      "path": path,
+      "kind": fault.kind,
+      "cause": fault.cause,
+      "time": now.isoformat(timespec="seconds"),
+    }
+
+  def _log(self, new: Mapping[int, tuple[str, Fault]]) -> None:
+    """Names the first few; called when they are counted already."""
+    before = len(self._kinds) - len(new)
+    for path, fault in list(new.values())[: max(0, _LOGGED - before)]:
+      logging.warning(
+        "Skipping %s of the %s split: %s", path, self._split, fault.cause
+      )
+    if before < _LOGGED <= len(self._kinds):
+      logging.warning(
+        "Further bad records are %s.",
+        "counted only" if self.file is None else f"named in {self.file} only",
+      )
+
+  def _message(self) -> str:
+    count, total = len(self._kinds), self._num_records
+    named = "" if self.file is None else f" They are named in {self.file}."
+    return (
+      f"{count} of the {total} records of the {self._split} split of "
+      f"{self._source} cannot be used ({count / total:.3g} of them so far); "
+      f"data.max_bad_share={self._max_bad_share:g} allows {self.limit}.{named} "
+      "For example: " + "; ".join(self._examples) + ". Repair or remove the "
+      "files (if they are there and sound: is the disk still mounted?), or "
+      "allow more with --config.data.max_bad_share=SHARE."
+    )
+
+
+def read(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The entries of a `quarantine.jsonl`; none if there is no such file.
+
+  A line that was cut off when its process was killed is left out.
+  """
+  try:
+    data = pathlib.Path(file).read_bytes()
+  except OSError:
+    return []
+  return _parse(data)
+
+
+def summary(file: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
+  """split → {"image": count, "caption": count} of a `quarantine.jsonl`."""
+  counts: dict[str, dict[str, int]] = {}
+  for split, *_, kind in sorted({_key(entry) for entry in read(file)}):
+    of_split = counts.setdefault(split, dict.fromkeys(KINDS, 0))
+    of_split[kind] = of_split.get(kind, 0) + 1
+  return counts
+
+
+def _parse(data: bytes) -> list[dict[str, Any]]:
+  entries = []
+  for line in data.splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      entry = json.loads(line)
+      _key(entry)
+      entries.append(entry)
+  return entries
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int, str]:
+  """What makes two entries the same record."""
+  return (
+    str(entry["split"]),
+    str(entry["source"]),
+    str(entry["path"]),
+    int(entry["index"]),
+    str(entry["kind"]),
+  )
+
+
+class _Writer:
+  """Appends entries to a file that other threads and processes append to.
+
+  A file that cannot be written to costs the list, never the training: entries
+  are kept and tried again with the next ones.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._pending: list[dict[str, Any]] = []
+    self._known: set[tuple] = set()
+    self._offset = 0  # up to which the file's entries are in `_known`
+    self._has_warned = False
+
+  def append(self, entries: list[dict[str, Any]]) -> None:
+    self._pending += entries
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+      descriptor = os.open(self._path, flags, 0o644)
+      try:
+        self._flush(descriptor)
+      finally:
+        os.close(descriptor)
+    except OSError as error:
+      if not self._has_warned:
+        logging.warning(
+          "Cannot write %s (%s); training goes on, bad records are counted.",
+          self._path,
+          error,
+        )
+      self._has_warned = True
+
+  def _flush(self, descriptor: int) -> None:
+    if fcntl is not None:
+      # Some network file systems know no locks; there, a line may be torn or
+      # listed twice, which readers bear.
+      with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until the file is closed
+    size = os.fstat(descriptor).st_size
+    ends_in_line = self._read_new(descriptor, size)
+    new = {_key(entry): entry for entry in self._pending}
+    lines = [json.dumps(v) for k, v in new.items() if k not in self._known]
+    if lines:
+      text = ("" if ends_in_line else "\n") + "\n".join(lines) + "\n"
+      data = text.encode()
+      try:
+        if os.write(descriptor, data) < len(data):
+          raise OSError(f"no space for {len(data)} bytes")
+      except OSError:
+        os.ftruncate(descriptor, size)  # no half line
+        raise
+      size += len(data)
+    self._known.update(new)
+    self._pending.clear()
+    self._offset = size
+
+  def _read_new(self, descriptor: int, size: int) -> bool:
+    """Learns what others appended; whether the file ends with a whole line."""
+    if size < self._offset:  # someone emptied it
+      self._known.clear()
+      self._offset = 0
+    os.lseek(descriptor, self._offset, os.SEEK_SET)
+    data = b""
+    while chunk := os.read(descriptor, 1 << 20):
+      data += chunk
+    self._known.update(_key(entry) for entry in _parse(data))
+    return not data or data.endswith(b"\n")
