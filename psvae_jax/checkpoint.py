@@ -3,9 +3,17 @@
 A step folder appears only when it is complete (Orbax renames it into place), so
 a killed process leaves the previous one as it was. `save` must be called before
 the next batch is drawn: the data position then belongs to the saved state.
+
+Three kinds of trouble are kept apart. A *damaged* checkpoint is passed over for
+the one before it, and said so. A checkpoint of *another job* is an error at
+once: an older one would not fit better. A save that *fails*, as on a full disk,
+is a warning, and the next one is another attempt; older checkpoints are removed
+only after a newer one is complete.
 """
 
-from collections.abc import Iterable
+import contextlib
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,77 +21,106 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from psvae_jax import checkpoint_files as files
+from psvae_jax import checkpoint_read as reader
+from psvae_jax.checkpoint_fit import (
+  CheckpointError,
+  check_fingerprint,
+  check_tree,
+)
+from psvae_jax.checkpoint_read import (
+  checked_latest_step,
+  has_checkpoint,
+  restore_ema,
+)
 from psvae_jax.config import CheckpointConfig
+from psvae_jax.writers import encode_json
 
-
-class CheckpointError(RuntimeError):
-  """A checkpoint cannot be used; the message says why and what to do."""
-
-
-def _handlers() -> Any:
-  """Names every item's handler: a manager that has not saved knows none."""
-  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  metadata = ocp.JsonCheckpointHandler()
-  state = ocp.StandardCheckpointHandler()
-  data = grain.checkpoint.CheckpointHandler()
-  for name, args, handler in (
-    ("metadata", ocp.args.JsonSave, metadata),
-    ("metadata", ocp.args.JsonRestore, metadata),
-    ("state", ocp.args.StandardSave, state),
-    ("state", ocp.args.StandardRestore, state),
-    ("state", ocp.args.PyTreeRestore, ocp.PyTreeCheckpointHandler()),
-    ("data", grain.checkpoint.CheckpointSave, data),
-    ("data", grain.checkpoint.CheckpointRestore, data),
-  ):
-    registry.add(name, args, handler)
-  return registry
+__all__ = [
+  "CheckpointError",
+  "Checkpointer",
+  "checked_latest_step",
+  "has_checkpoint",
+  "restore_ema",
+]
 
 
 class Checkpointer:
   """Saves and restores one stage of a job.
 
+  What earlier, killed saves have left in the folder is removed on creation, so
+  only one process group may use a folder: see `psvae_jax.workdir`.
+
   Args:
     folder: `<workdir>/<stage>/checkpoints`.
     config: interval and number kept.
     fingerprint: what the saved parameters belong to; checked on restore.
+    description: the fingerprint's readable parts, nested; saved, so that a
+      mismatch can be named.
   """
 
   def __init__(
-    self, folder: Path, config: CheckpointConfig, fingerprint: str
+    self,
+    folder: Path,
+    config: CheckpointConfig,
+    fingerprint: str,
+    description: Mapping[str, Any] | None = None,
   ) -> None:
     self._folder = Path(folder).absolute()
-    self._every_steps = config.every_steps
+    self._config = config
     self._fingerprint = fingerprint
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep, step_prefix=None
-      ),
-      handler_registry=_handlers(),
-    )
+    self._description = description
+    self._saving: int | None = None  # handed to Orbax, outcome unknown
+    self._unsaved: tuple[int, str] | None = None  # step and why, if it failed
+    self._state_bytes = 0
+    self._remove_partial()
+    self._manager = self._open()
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def due(self, step: int) -> bool:
-    return step % self._every_steps == 0
+    return step % self._config.every_steps == 0
 
   def save(
     self, step: int, state: Any, data: Any, metadata: dict[str, Any]
-  ) -> None:
-    """Saves `state` at `step` with the position of iterator `data`."""
+  ) -> bool:
+    """Saves `state` at `step` with the position of iterator `data`.
+
+    Arrays are copied before it returns, files are written in the background.
+    When it returns, the save before this one has ended, well or not.
+
+    Returns:
+      False if nothing could be written; a warning has been printed.
+    """
+    self._settle()
     if step in self._manager.all_steps():
-      return
-    meta = {**metadata, "step": step, "fingerprint": self._fingerprint}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        data=grain.checkpoint.CheckpointSave(data),
-        metadata=ocp.args.JsonSave(meta),
-      ),
-      force=True,
+      return True
+    if self._unsaved:
+      self._remove_partial()
+    self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=grain.checkpoint.CheckpointSave(data),
+      metadata=ocp.args.JsonSave(self._metadata(step, metadata)),
     )
+    self._saving = step
+    try:
+      self._manager.save(step, args=args, force=True)
+    except Exception as error:
+      if not reader.could_not_write(error):
+        self._saving = None
+        raise
+      self._give_up(error)
+      return False
+    return True
+
+  def poll(self) -> None:
+    """Says if the save in the background has failed; never waits."""
+    # With several processes asking takes a round over the network.
+    if self._saving is not None and jax.process_count() == 1:
+      if not self._manager.is_saving_in_progress():
+        self._settle()
 
   def metadata(self, step: int) -> dict[str, Any]:
     restored = self._manager.restore(
@@ -92,144 +129,150 @@ class Checkpointer:
     return restored["metadata"]
 
   def restore(self, abstract_state: Any, data: Any) -> tuple[Any, dict] | None:
-    """Restores the newest checkpoint, or returns None if there is none.
+    """Restores the newest usable checkpoint, or returns None if none exists.
+
+    Damaged ones are passed over, with a line that says so, and are then renamed
+    `<step>.damaged`: their steps will be saved again.
 
     Args:
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
       data: grain iterator; its position is set in place.
 
     Raises:
-      CheckpointError: it belongs to another model.
+      CheckpointError: it belongs to another job, or none is usable.
     """
-    step = self.latest_step()
-    if step is None:
+    if not files.all_steps(self._folder):
       return None
-    metadata = self.metadata(step)
-    _check_fingerprint(metadata, self._fingerprint, self._folder)
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract_state),
-          data=grain.checkpoint.CheckpointRestore(data),
-        ),
+
+    def read(step: int, verified: bool) -> tuple[Any, dict]:
+      metadata = reader.read_metadata(self._manager, step)
+      check_fingerprint(
+        metadata, self._fingerprint, self._description, self._folder
       )
-    except ValueError as error:
-      raise CheckpointError(
-        f"{self._folder} does not fit this job's optimizer: was optim.name or "
-        "optim.clip changed? Use the old values, or another --workdir. Orbax "
-        f"says: {str(error)[:500]}"
-      ) from error
-    return restored["state"], metadata
+      with reader.reading("the list of arrays", verified):
+        saved = self._manager.item_metadata(step)["state"].tree
+      check_tree(
+        abstract_state,
+        saved,
+        self._folder,
+        "this job's optimizer: was optim.name or optim.clip changed? Use the "
+        "old values, or another --workdir. In step "
+        f"{step}:",
+        dtypes=True,
+      )
+      with reader.reading("the state", verified):
+        state = reader.restore_item(
+          self._manager, step, state=ocp.args.StandardRestore(abstract_state)
+        )
+      with reader.reading("the data position", verified):
+        reader.restore_item(
+          self._manager, step, data=grain.checkpoint.CheckpointRestore(data)
+        )
+      return state, metadata
+
+    step, result, damaged = reader.newest_usable(self._folder, read)
+    if damaged:
+      reader.say(
+        f"warning: {reader.list_damaged(self._folder, damaged)}. Resuming from "
+        f"step {step}; what is damaged is kept as <step>.damaged"
+      )
+      if jax.process_index() == 0:
+        for bad, _ in damaged:
+          files.set_aside(self._folder / str(bad))
+      _wait_for_others("psvae_jax/set_aside")
+      self._manager.reload()
+    return result
 
   def close(self) -> None:
-    """Returns when everything handed to `save` is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything handed to `save` is on disk.
+
+    Raises:
+      CheckpointError: the last save has failed.
+    """
+    self._settle()
     self._manager.close()
+    if self._unsaved:
+      step, reason = self._unsaved
+      latest = next(iter(files.all_steps(self._folder)), None)
+      resumes = "starts over" if latest is None else f"resumes at step {latest}"
+      raise CheckpointError(
+        f"step {step} could not be saved in {self._folder} ({reason}). "
+        f"{self._space()}; the same command then {resumes}."
+      )
 
-
-def _check_fingerprint(metadata: dict, fingerprint: str, folder: Path) -> None:
-  found = metadata.get("fingerprint")
-  if found != fingerprint:
-    raise CheckpointError(
-      f"{folder} was written by another model (fingerprint {found}, this "
-      f"job's is {fingerprint}): the model section, the preprocessing or the "
-      "encoder's weights differ. Use another --workdir, or the config it was "
-      "written with."
-    )
-
-
-def has_checkpoint(folder: Path) -> bool:
-  """Whether `folder` holds at least one complete checkpoint."""
-  folder = Path(folder)
-  return folder.is_dir() and any(
-    child.name.isdigit() for child in folder.iterdir()
-  )
-
-
-def checked_latest_step(folder: Path, fingerprint: str) -> int:
-  """Newest step in `folder`, which must be of the model `fingerprint`.
-
-  Raises:
-    CheckpointError: it belongs to another model.
-  """
-  folder = Path(folder).absolute()
-  with ocp.CheckpointManager(folder, handler_registry=_handlers()) as manager:
-    step = manager.latest_step()
-    meta = manager.restore(
-      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    )
-  _check_fingerprint(meta["metadata"], fingerprint, folder)
-  return step
-
-
-def restore_ema(
-  folder: Path,
-  abstract_params: dict[str, Any],
-  modules: Iterable[str],
-  fingerprint: str,
-) -> dict[str, Any]:
-  """The bridge to a next stage: EMA parameters of `modules`, by name.
-
-  Args:
-    folder: the earlier stage's checkpoint folder.
-    abstract_params: module → tree of `jax.ShapeDtypeStruct` with shardings.
-    modules: which of them to take.
-    fingerprint: of the model that must have written the checkpoint.
-
-  Returns:
-    module → parameters, on the shardings asked for.
-
-  Raises:
-    CheckpointError: no checkpoint, another fingerprint, or a parameter that is
-      missing or of another shape.
-  """
-  folder = Path(folder).absolute()
-  if not has_checkpoint(folder):
-    raise CheckpointError(
-      f"no checkpoint in {folder}: train the earlier stage first"
-    )
-  wanted = {name: abstract_params[name] for name in modules}
-  with ocp.CheckpointManager(folder, handler_registry=_handlers()) as manager:
-    step = manager.latest_step()
-    meta = manager.restore(
-      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    )
-    _check_fingerprint(meta["metadata"], fingerprint, folder)
-    saved = manager.item_metadata(step)["state"].tree["ema_params"]
-    _check_shapes(wanted, saved, folder)
-    item = {"ema_params": wanted}
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          item,
-          # Without restore_args Orbax ignores the shardings of `item`.
-          restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-          partial_restore=True,
-        )
+  def _open(self) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=self._config.keep,
+        step_prefix=None,
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._write_checksums
+        ),
       ),
+      handler_registry=reader.handlers(),
     )
-  return restored["state"]["ema_params"]
 
+  def _metadata(self, step: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    own = {"step": step, "fingerprint": self._fingerprint}
+    if self._description is not None:
+      own["description"] = self._description
+    return encode_json({**metadata, **own})
 
-def _flatten(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-    for path, leaf in leaves
-  }
+  def _write_checksums(self) -> None:
+    """Called by the thread that saves, when all items are written."""
+    if jax.process_index() == 0:
+      files.write_checksums(self._folder, self._saving)
 
+  def _remove_partial(self) -> None:
+    if jax.process_index() == 0:
+      files.remove_partial(self._folder)
 
-def _check_shapes(wanted: Any, saved: Any, folder: Path) -> None:
-  shapes, found = _flatten(wanted), _flatten(saved)
-  lines = []
-  for name, shape in shapes.items():
-    if name not in found:
-      lines.append(f"{name}: missing, expected {shape}")
-    elif found[name] != shape:
-      lines.append(f"{name}: saved {found[name]}, expected {shape}")
-  if lines:
-    raise CheckpointError(
-      f"{folder} does not fit this model:\n  " + "\n  ".join(lines[:20])
+  def _settle(self) -> None:
+    """Waits for the save in the background and learns how it ended."""
+    if self._saving is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      if not reader.could_not_write(error):
+        raise
+      self._give_up(error)
+    else:
+      self._saving = self._unsaved = None
+
+  def _give_up(self, error: Exception) -> None:
+    """Notes a failed save; the run goes on, with a manager that is sound."""
+    step, self._saving = self._saving, None
+    reason = reader.short_reason(error)
+    self._unsaved = step, reason
+    if jax.process_count() > 1:  # the other processes know nothing of it
+      raise CheckpointError(
+        f"step {step} could not be saved in {self._folder} ({reason})"
+      ) from error
+    # The old manager raises what is left of this error at some later save.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._remove_partial()
+    self._manager = self._open()
+    latest = self.latest_step()
+    good = "there is none yet" if latest is None else f"it is of step {latest}"
+    reader.say(
+      f"warning: step {step} could not be saved in {self._folder} ({reason}). "
+      f"The run goes on and tries again in {self._config.every_steps} steps; "
+      f"the last good checkpoint: {good}. {self._space()}"
     )
+
+  def _space(self) -> str:
+    free = shutil.disk_usage(self._folder).free / 2**20
+    return (
+      f"Free about {self._state_bytes / 2**20:.0f} MiB of disk space "
+      f"({free:.0f} MiB are free)"
+    )
+
+
+def _wait_for_others(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)

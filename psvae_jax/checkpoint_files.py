@@ -1,0 +1,136 @@
+"""The files of a checkpoint folder: checksums, damage, leftovers.
+
+Orbax notices a truncated or missing file, but not a changed byte of array data:
+it would resume from wrong weights without a word. So every checkpoint carries
+`checksums.json`, with the size and CRC-32 of each file of its items. It is
+written by the thread that saves, before the folder appears under its final
+name, and training never waits for it. Checkpoints without one load unverified.
+"""
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+CHECKSUMS_FILE = "checksums.json"
+_DAMAGED = ".damaged"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_CHUNK_BYTES = 1 << 22
+# Read errors that will not pass; all others say nothing about the file.
+_BROKEN_DISK = (errno.EIO, errno.EUCLEAN)
+
+
+class DamagedCheckpointError(Exception):
+  """The files of one checkpoint are not what was saved; says how."""
+
+
+def all_steps(folder: Path) -> list[int]:
+  """Steps of the complete checkpoints in `folder`, newest first."""
+  if not folder.is_dir():
+    return []
+  names = (child.name for child in folder.iterdir() if child.is_dir())
+  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def write_checksums(folder: Path, step: int) -> None:
+  """Writes the checksums of checkpoint `step`, finished or about to be.
+
+  Without room for them the checkpoint is good all the same, only unverified.
+
+  Args:
+    folder: where the checkpoints lie.
+    step: the checkpoint.
+  """
+  final = folder / str(step)
+  place = final if final.is_dir() else folder / f"{step}{_TEMPORARY}"
+  path = place / CHECKSUMS_FILE
+  temporary = place / f".{CHECKSUMS_FILE}"
+  try:
+    files = {
+      file.relative_to(place).as_posix(): [file.stat().st_size, _crc32(file)]
+      for file in _item_files(place)
+    }
+    with temporary.open("w", encoding="utf-8") as stream:
+      json.dump(files, stream)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+
+
+def check_files(checkpoint: Path) -> bool:
+  """Compares the files of one checkpoint with its checksums.
+
+  Returns:
+    Whether there were checksums to compare with.
+
+  Raises:
+    DamagedCheckpointError: a file is missing, or is not the one saved.
+  """
+  path = checkpoint / CHECKSUMS_FILE
+  if not path.exists():
+    return False
+  try:
+    files = json.loads(path.read_text(encoding="utf-8"))
+    expected = [(name, int(n), int(crc)) for name, (n, crc) in files.items()]
+  except (ValueError, TypeError, AttributeError) as error:
+    raise DamagedCheckpointError(f"{CHECKSUMS_FILE} is unreadable") from error
+  # Sizes first: most damage shows without reading gigabytes.
+  for name, size, _ in expected:
+    file = checkpoint / name
+    if not file.is_file():
+      raise DamagedCheckpointError(f"{name} is missing")
+    found = file.stat().st_size
+    if found != size:
+      raise DamagedCheckpointError(f"{name} has {found} bytes, saved {size}")
+  for name, _, crc in expected:
+    try:
+      intact = _crc32(checkpoint / name) == crc
+    except OSError as error:
+      if error.errno not in _BROKEN_DISK:
+        raise
+      raise DamagedCheckpointError(f"{name}: {error.strerror}") from error
+    if not intact:
+      raise DamagedCheckpointError(f"{name} has changed since it was saved")
+  return True
+
+
+def set_aside(checkpoint: Path) -> Path:
+  """Renames a damaged checkpoint, so that nothing takes it for a good one."""
+  target = checkpoint.with_name(checkpoint.name + _DAMAGED)
+  number = 1
+  while target.exists():
+    number += 1
+    target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}-{number}")
+  checkpoint.rename(target)
+  return target
+
+
+def remove_partial(folder: Path) -> None:
+  """Removes what saves that were killed, or failed, have left in `folder`."""
+  if folder.is_dir():
+    for child in folder.iterdir():
+      if child.name.endswith(_TEMPORARY):
+        shutil.rmtree(child, ignore_errors=True)
+
+
+def _item_files(checkpoint: Path) -> list[Path]:
+  """Files of the items; Orbax still edits its own beside them."""
+  return sorted(
+    file
+    for item in checkpoint.iterdir()
+    if item.is_dir()
+    for file in item.rglob("*")
+    if file.is_file()
+  )
+
+
+def _crc32(file: Path) -> int:
+  value = 0
+  with file.open("rb", buffering=0) as stream:
+    while chunk := stream.read(_CHUNK_BYTES):
+      value = zlib.crc32(chunk, value)
+  return value
