@@ -147,5 +147,10 @@ def guard(command: Callable[[], Any], *, interrupted: str) -> Any:
   try:
     return command()
   except KeyboardInterrupt:
-    print(f"\ninterrupted; {interrupted}", file=sys.stderr, flush=True)
-    sys.exit(130)
+    print(f"\ninterrupted; {interrupted}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads that read data or save a checkpoint still run, and
+    # crash where the interpreter is taken down under them. A save that is cut
+    # off leaves the checkpoint before it.
+    os._exit(130)
