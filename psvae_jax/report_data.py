@@ -21,6 +21,7 @@ from psvae_jax.report_metrics import is_number, rank
 CONFIG_FILE = "config.json"
 SAMPLES_DIR = "samples"
 LATENTS_FILE = "latents.npz"
+QUARANTINE_FILE = "quarantine.jsonl"
 
 STAGE_TITLES = {
   "encoder": "Encoder",
@@ -55,6 +56,7 @@ class Stage:
     final: the stage's section of the summary, {} before it has finished.
     planned_steps: from the config; 0 if it does not say.
     batch_size: from the config; 0 if it does not say.
+    config: the stage's own section of the config.
   """
 
   name: str
@@ -65,6 +67,32 @@ class Stage:
   final: dict[str, Any]
   planned_steps: int = 0
   batch_size: int = 0
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def adversarial_marks(self) -> tuple[int, ...]:
+    """Steps at which the discriminator, then the decoder, enter the game.
+
+    One if they are the same, none without an adversarial term.
+    """
+    loss = _mapping(self.config.get("loss"))
+    if not (is_number(loss.get("gan")) and loss["gan"] > 0):
+      return ()
+    start = _count(loss.get("gan_start"))
+    return tuple(sorted({start, start + _count(loss.get("gan_warmup"))}))
+
+  @property
+  def skipped_steps(self) -> int:
+    """Steps whose loss or gradient was not finite."""
+    return max(
+      (
+        int(record["train/skipped_steps"])
+        for record in (*self.records, self.final)
+        if is_number(record.get("train/skipped_steps"))
+        and math.isfinite(record["train/skipped_steps"])
+      ),
+      default=0,
+    )
 
   @property
   def last_step(self) -> int:
@@ -132,6 +160,7 @@ class Run:
     stages: in order of training.
     updated: time of the last write, seconds since the epoch; 0 if unknown.
     notices: sentences on what was left out and why.
+    quarantine: a line of `quarantine.jsonl` a record that could not be read.
   """
 
   name: str
@@ -140,6 +169,7 @@ class Run:
   stages: list[Stage]
   updated: float
   notices: list[str]
+  quarantine: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def columns(self) -> dict[str, dict[str, Any]]:
     """Figures by column of the result table: stages, then references.
@@ -194,7 +224,8 @@ def read_run(workdir: Path) -> Run:
   stages = []
   for name in _stage_names(workdir, config, summary):
     section = summary.get(name)
-    train = _mapping(_mapping(_stage_config(config, name)).get("train"))
+    own = _mapping(_stage_config(config, name))
+    train = _mapping(own.get("train"))
     stages.append(
       Stage(
         name=name,
@@ -205,6 +236,7 @@ def read_run(workdir: Path) -> Run:
         final=dict(section) if _has_figures(section) else {},
         planned_steps=_count(train.get("steps")),
         batch_size=_count(train.get("batch_size")),
+        config=own,
       )
     )
   files = [workdir / CONFIG_FILE, workdir / writers.SUMMARY_FILE]
@@ -216,7 +248,24 @@ def read_run(workdir: Path) -> Run:
     stages=stages,
     updated=max((f.stat().st_mtime for f in files if f.exists()), default=0),
     notices=notices,
+    quarantine=_read_quarantine(workdir / QUARANTINE_FILE),
   )
+
+
+def _read_quarantine(path: Path) -> list[dict[str, Any]]:
+  """Every whole line, a record named twice once; [] if there is no file."""
+  if not path.exists():
+    return []
+  found: dict[tuple[str, ...], dict[str, Any]] = {}
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+      record = _mapping(json.loads(line))
+    except ValueError:
+      continue  # a line that is being written
+    if record:
+      key = (str(record.get(name)) for name in ("split", "index", "path"))
+      found.setdefault(tuple(key), record)
+  return list(found.values())
 
 
 def _stage_names(

@@ -40,16 +40,23 @@ class Curve:
     steps: (n,) rising.
     values: (n,); non-finite values leave a gap.
     offset: where the stage begins on a shared axis.
+    dashed: drawn so, to tell it from another of the same colour.
   """
 
   color: int
   steps: np.ndarray
   values: np.ndarray
   offset: float = 0.0
+  dashed: bool = False
 
 
 def curve_svg(
-  curves: Sequence[Curve], *, log_scale: bool = False, percent: bool = False
+  curves: Sequence[Curve],
+  *,
+  log_scale: bool = False,
+  percent: bool = False,
+  bounds: Sequence[float] = (),
+  marks: Sequence[float] = (),
 ) -> str:
   """Returns a line chart as an `<svg>` element without fixed size.
 
@@ -57,25 +64,62 @@ def curve_svg(
     curves: drawn in their stages' colours, each from its offset on.
     log_scale: logarithmic values; only for positive ones.
     percent: label shares in percent.
+    bounds: where the stages end on the shared axis, rising; the last one is
+      the axis' end. What the curves need by default.
+    marks: places on the shared axis that get a dotted line.
   """
   figure, axes = _new_axes(percent)
   for curve in curves:
     _draw_curve(axes, curve)
-    if curve.offset:
-      dashes = (0, (3, 3))
-      axes.axvline(curve.offset, color=_RULE, lw=1, linestyle=dashes, zorder=1)
+  for bound in bounds[:-1]:
+    axes.axvline(bound, color=_RULE, lw=1, linestyle=(0, (3, 3)), zorder=1)
+  for mark in sorted(set(marks)):
+    axes.axvline(mark, color=_INK, lw=1, linestyle=(0, (1, 2)), zorder=1)
   if log_scale:
     _set_log_scale(axes, curves)
-  axes.set_xlim(left=0)
+  else:
+    axes.set_ylim(*_value_limits(curves, percent))
+  axes.set_xlim(0, 1.02 * max(bounds) if bounds and max(bounds) else None)
   return _to_svg(figure)
 
 
-def bars_svg(values: np.ndarray, color: int) -> str:
-  """Returns a bar a value, in the order given, e.g. one a latent channel."""
+def bars_svg(
+  values: np.ndarray, color: int, limits: tuple[float, float] | None = None
+) -> str:
+  """Returns a bar a value, in the order given, e.g. one a latent channel.
+
+  Args:
+    values: (n,).
+    color: index of the stage's colour.
+    limits: range of the value axis; what the values need by default.
+  """
   figure, axes = _new_axes()
   finite = np.where(np.isfinite(values), values, 0.0)
   axes.bar(np.arange(len(values)), finite, width=0.8, color=_SERIES[color])
+  axes.set_ylim(*(limits or bar_limits([values])))
   return _to_svg(figure)
+
+
+def bar_limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
+  """A value axis for bars that are to be compared; it holds zero."""
+  values = np.concatenate([np.zeros(1), *series])
+  values = values[np.isfinite(values)]
+  low, high = float(values.min()), float(values.max())
+  margin = 0.05 * (high - low) or 1.0
+  return low - margin * (low < 0), high + margin * (high > 0 or low == 0)
+
+
+def _value_limits(
+  curves: Sequence[Curve], percent: bool
+) -> tuple[float, float]:
+  """Room around the values, but none for shares that cannot be."""
+  values = np.concatenate([curve.values for curve in curves])
+  values = values[np.isfinite(values)]
+  low, high = float(values.min()), float(values.max())
+  margin = 0.1 * (high - low) or 0.1 * abs(high) or 0.1
+  if percent:
+    return max(low - margin, min(low, 0.0)), min(high + margin, max(high, 1.0))
+  return low - margin, high + margin
 
 
 def wants_log_scale(curves: Sequence[Curve]) -> bool:
@@ -117,16 +161,14 @@ def _new_axes(percent: bool = False):
 
 
 def _draw_curve(axes, curve: Curve) -> None:
-  color = _SERIES[curve.color]
+  color, style = _SERIES[curve.color], "--" if curve.dashed else "-"
   steps, values = _thin(curve.steps + curve.offset, curve.values)
   if len(values) <= _MARKER_POINTS:
-    axes.plot(
-      steps, values, color=color, linewidth=1.6, marker="o", markersize=3
-    )
+    axes.plot(steps, values, style, color=color, lw=1.6, marker="o", ms=3)
     return
   smooth = _running_mean(values, max(3, len(values) // 25))
   axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
-  axes.plot(steps, smooth, color=color, linewidth=1.6)
+  axes.plot(steps, smooth, style, color=color, linewidth=1.6)
 
 
 def _thin(steps: np.ndarray, values: np.ndarray):

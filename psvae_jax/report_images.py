@@ -1,8 +1,9 @@
 """The report's pictures: what went in, what each stage made of it.
 
-A sample set is an `.npz` with uint8 (N, H, W, 3) arrays. "original" and
-"reconstruction" are shown side by side over the stages; any other such array
-stands under its own name, and a one-dimensional array of text captions them.
+A sample set is an `.npz` (see `evaluators.pictures`). "original" and
+"reconstruction" are shown side by side over the stages with the error of each;
+a further array of uint8 images stands under its own name, and a one-dimensional
+array of text captions them. Features and latents have sections of their own.
 """
 
 import base64
@@ -14,43 +15,78 @@ from typing import Any
 import numpy as np
 
 from psvae_jax import report_page as page
-from psvae_jax.report_data import Stage
+from psvae_jax.report_data import Run, Stage
 
+ERROR_GAIN = 4
 _MAX_IMAGES = 12  # of a sample set; more would make the file heavy
+_MAX_LARGE_IMAGES = 6
+_IN_VIEW = 6  # the others unfold: a page for a phone as well
 _PIXELATED_BELOW = 128  # larger images are mostly shown reduced
-_ERROR_GAIN = 4
+_LARGEST = 256  # side at which an image stands in the page
+_JPEG_QUALITY = 90
+_HEAT = (
+  (0, 0, 0),
+  (120, 28, 50),
+  (226, 92, 36),
+  (250, 184, 92),
+  (255, 255, 255),
+)
+
+Arrays = dict[str, np.ndarray]
 
 
-def images_section(stages: Sequence[Stage]) -> str:
+def images_section(run: Run) -> str:
   """Every sample set; stages with the same originals share a strip."""
-  parts = []
-  sets = sorted({name for stage in stages for name in stage.samples})
-  for name in sets:
-    for group in _same_originals(stages, name):
-      strips, count = _strips(group, name)
-      if not strips:
-        continue
-      title = name.replace("_", " ").capitalize()
-      if len(strips) < count:
-        title += f", {len(strips)} of {count}"
-      parts.append(f"<h3>{page.text(title)}</h3>" + page.cards(strips))
+  parts, reconstructions = [], False
+  for name in set_names(run.stages):
+    groups = same_originals(run.stages, name)
+    for group in groups:
+      strips, count, large = _strips(group, name)
+      if strips:
+        title = set_title(run, name)
+        if len(groups) > 1:
+          title += ", " + ", ".join(stage.title for stage in group)
+        if len(strips) < count:
+          title += f", {len(strips)} of {count}"
+        html = page.cards(strips[:_IN_VIEW], wide=large)
+        if rest := strips[_IN_VIEW:]:
+          html += page.details(
+            f"{len(rest)} more", page.cards(rest, wide=large)
+          )
+        parts.append(f"<h3>{page.text(title)}</h3>{html}")
+        reconstructions |= "reconstruction" in group[0].samples[name]
+    reason = next(filter(None, (_note(s, name) for s in run.stages)), "")
+    if reason:
+      title = set_title(run, name)
+      parts.append(f"<h3>{page.text(title)}</h3>" + page.note(reason))
   if not parts:
     return ""
-  reconstructions = any(
-    "original" in arrays and "reconstruction" in arrays
-    for stage in stages
-    for arrays in stage.samples.values()
-  )
   lead = ""
   if reconstructions:
     lead = page.note(
-      "The same held-out images in every stage, with the PSNR of each. Error:"
-      f" absolute difference to the original, × {_ERROR_GAIN}."
+      "The same images in every stage, none of them trained on; below each"
+      " reconstruction its absolute error (mean of the colours, × "
+      f"{ERROR_GAIN} in all; black is none), and its PSNR."
     )
   return lead + "\n".join(parts)
 
 
-def _same_originals(stages: Sequence[Stage], name: str) -> list[list[Stage]]:
+def set_names(stages: Sequence[Stage]) -> list[str]:
+  """Names of all sample sets, the held-out images of the data first."""
+  names = {name for stage in stages for name in stage.samples}
+  return sorted(names, key=lambda name: (name != "validation", name))
+
+
+def set_title(run: Run, name: str) -> str:
+  """A sample set's name for a reader."""
+  if name == "validation":
+    data = run.config.get("data")
+    scenes = isinstance(data, dict) and data.get("source") == "scenes"
+    return "Held-out scenes" if scenes else "Held-out images"
+  return name.replace("_", " ").capitalize()
+
+
+def same_originals(stages: Sequence[Stage], name: str) -> list[list[Stage]]:
   """Groups the stages that have set `name` by its originals."""
   groups: dict[Any, list[Stage]] = {}
   for stage in stages:
@@ -63,78 +99,141 @@ def _same_originals(stages: Sequence[Stage], name: str) -> list[list[Stage]]:
   return list(groups.values())
 
 
-def _strips(stages: Sequence[Stage], name: str) -> tuple[list[str], int]:
-  """Returns a strip an image, and how many images the set has."""
-  original, columns = None, []
+def is_images(array: np.ndarray | None) -> bool:
+  """Whether an array holds RGB images, (N, H, W, 3) uint8."""
+  return (
+    array is not None
+    and array.dtype == np.uint8
+    and array.ndim == 4
+    and array.shape[-1] == 3
+    and array.size > 0
+  )
+
+
+def captions(stages: Sequence[Stage], name: str, count: int) -> list[str]:
+  """`count` texts: the first one-dimensional array of text, then ""."""
+  found: list[str] = []
   for stage in stages:
-    arrays = {k: v for k, v in stage.samples[name].items() if _is_images(v)}
+    for array in stage.samples[name].values():
+      if not found and array.ndim == 1 and array.dtype.kind == "U":
+        found = [str(caption) for caption in array]
+  return (found + [""] * count)[:count]
+
+
+def _note(stage: Stage, name: str) -> str:
+  note = stage.samples.get(name, {}).get("note")
+  if note is None or note.ndim or note.dtype.kind != "U":
+    return ""
+  return str(note)
+
+
+def _is_shown(name: str, array: np.ndarray) -> bool:
+  others = name == "latent" or name.startswith("features_")
+  return is_images(array) and not others
+
+
+def _strips(stages: Sequence[Stage], name: str) -> tuple[list[str], int, bool]:
+  """A strip an image, how many images the set has, whether they are large."""
+  original, series = None, []
+  for stage in stages:
+    arrays = {k: v for k, v in stage.samples[name].items() if _is_shown(k, v)}
     original = arrays.pop("original", original)
     for key, images in arrays.items():
       title = stage.title if key == "reconstruction" else key.replace("_", " ")
-      columns.append((title, images))
-  counts = [len(images) for _, images in columns]
-  counts += [] if original is None else [len(original)]
-  if not counts:
-    return [], 0
-  captions = _captions(stages, name)
-  strips = []
-  for index in range(min(min(counts), _MAX_IMAGES)):
-    cells = []
-    if original is not None:
-      cells.append((png_data_uri(original[index]), "original", ""))
-    for title, images in columns:
-      psnr = ""
-      if original is not None and images.shape == original.shape:
-        value = image_psnr(original[index], images[index])
-        psnr = f"{value:.1f} dB"
-      cells.append((png_data_uri(images[index]), title, psnr))
-    if original is not None and columns:
-      last = columns[-1][1]
-      if last.shape == original.shape:
-        error = absolute_error(original[index], last[index], _ERROR_GAIN)
-        cells.append((png_data_uri(error), "error", f"× {_ERROR_GAIN}"))
-    height = (columns[0][1] if columns else original).shape[1]
-    strips.append(
-      page.strip(
-        cells,
-        caption=captions[index] if index < len(captions) else "",
-        pixelated=height < _PIXELATED_BELOW,
-      )
+      series.append((title, images))
+  everything = [images for _, images in series]
+  everything += [] if original is None else [original]
+  if not everything:
+    return [], 0, False
+  count = min(map(len, everything))
+  side = max(images.shape[1] for images in everything)
+  large = side >= _PIXELATED_BELOW
+  shown = min(count, _MAX_LARGE_IMAGES if large else _MAX_IMAGES)
+  texts = captions(stages, name, count)
+  strips = [
+    page.strip(
+      _columns(original, series, index, texts[index]),
+      pixelated=not large,
+      # Beside an original there is room for the words below it.
+      caption="" if original is not None else texts[index],
     )
-  return strips, min(counts)
+    for index in range(shown)
+  ]
+  return strips, count, large
 
 
-def _is_images(array: np.ndarray) -> bool:
-  return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3
+def _columns(
+  original: np.ndarray | None,
+  series: Sequence[tuple[str, np.ndarray]],
+  index: int,
+  caption: str,
+) -> list[page.Column]:
+  """One image: the original, then every series, each above its error."""
+  columns = []
+  of = f": {caption}" if caption else f" {index + 1}"
+  if original is not None:
+    address = data_uri(original[index])
+    columns.append(
+      page.Column([(address, f"original{of}")], "original", words=caption)
+    )
+  for title, images in series:
+    cell = [(data_uri(images[index]), f"{title}{of}")]
+    psnr = ""
+    if original is not None and images.shape == original.shape:
+      pair = original[index], images[index]
+      psnr = f"{image_psnr(*pair):.1f} dB"
+      error = absolute_error(*pair, ERROR_GAIN)
+      cell.append((data_uri(heat(error)), f"error of {title}, {psnr}{of}"))
+    columns.append(page.Column(cell, title, psnr))
+  return columns
 
 
-def _captions(stages: Sequence[Stage], name: str) -> list[str]:
-  """One-dimensional arrays of text label the images."""
-  for stage in stages:
-    for array in stage.samples[name].values():
-      if array.ndim == 1 and array.dtype.kind == "U":
-        return [str(caption) for caption in array]
-  return []
+def data_uri(image: np.ndarray, largest: int = _LARGEST) -> str:
+  """Returns a uint8 (H, W, 3) image as a `data:` address.
 
-
-def png_data_uri(image: np.ndarray) -> str:
-  """Returns a uint8 (H, W, 3) image as a `data:` address."""
+  Small ones are exact (PNG). Large ones are reduced to `largest` pixels and
+  compressed (JPEG): a page of them would weigh tens of megabytes.
+  """
   from PIL import Image  # late: only a report with images needs it
 
+  picture = Image.fromarray(np.ascontiguousarray(image))
+  picture.thumbnail((largest, largest), Image.Resampling.BOX)
   buffer = io.BytesIO()
-  Image.fromarray(np.ascontiguousarray(image)).save(
-    buffer, format="PNG", optimize=True
-  )
+  if max(image.shape[:2]) < _PIXELATED_BELOW:
+    kind = "png"
+    picture.save(buffer, format="PNG", optimize=True)
+  else:
+    kind = "jpeg"
+    picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
   data = base64.b64encode(buffer.getvalue()).decode("ascii")
-  return f"data:image/png;base64,{data}"
+  return f"data:image/{kind};base64,{data}"
 
 
 def absolute_error(
-  original: np.ndarray, reconstruction: np.ndarray, gain: int = 4
+  original: np.ndarray, reconstruction: np.ndarray, gain: int = ERROR_GAIN
 ) -> np.ndarray:
-  """Returns |difference| × gain of uint8 images as uint8, clipped at 255."""
-  error = np.abs(original.astype(np.int32) - reconstruction.astype(np.int32))
-  return np.clip(gain * error, 0, 255).astype(np.uint8)
+  """Mean |difference| of the colours × gain, clipped and rounded.
+
+  Args:
+    original, reconstruction: uint8 (..., H, W, 3).
+    gain: factor.
+
+  Returns:
+    uint8 (..., H, W).
+  """
+  error = np.abs(original.astype(np.float64) - reconstruction).mean(-1)
+  return np.round(np.clip(gain * error, 0, 255)).astype(np.uint8)
+
+
+def heat(levels: np.ndarray) -> np.ndarray:
+  """uint8 (H, W) → uint8 (H, W, 3), from black over red and orange to white.
+
+  Lightness rises with the level throughout, so it reads without colours too.
+  """
+  anchors = np.array(_HEAT, float)
+  places = np.linspace(0, 255, len(anchors))
+  colors = [np.interp(levels, places, anchors[:, c]) for c in range(3)]
+  return np.round(np.stack(colors, -1)).astype(np.uint8)
 
 
 def image_psnr(original: np.ndarray, reconstruction: np.ndarray) -> float:

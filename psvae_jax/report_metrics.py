@@ -107,18 +107,37 @@ METRICS: dict[str, Metric] = {
   "loss_words": Metric("Word loss"),
   "loss_generator": Metric("Generator loss"),
   "loss_discriminator": Metric("Discriminator loss"),
+  "logits_real": Metric("Discriminator’s logits, real"),
+  "logits_fake": Metric("Discriminator’s logits, fake"),
+  "gan_weight": Metric("Weight of the adversarial term, λ × weight"),
+  "skipped_steps": Metric("Skipped steps"),
   "images_per_second": Metric("Images per second", "", "higher", ".4g"),
   "steps_per_second": Metric("Steps per second", "", "higher", ".3g"),
 }
 
 
+LATENT_METRICS = (
+  "kl",
+  "latent_mean",
+  "latent_std",
+  "latent_variance",
+  "collapsed_channels",
+)
+
 # By the part before the last, which names a module.
 _FAMILIES = {"grad_norm": "Gradient norm", "update_norm": "Update norm"}
 # Figures that a known one is made of: prefix → (label, the known one).
 _PARTS = {
+  "probe_accuracy_": ("Probe", "probe_accuracy"),
   "probe_": ("Probe", "probe_accuracy"),
   "checker_": ("Checker", "checker_accuracy"),
 }
+
+
+def is_part(name: str) -> bool:
+  """Whether a metric is a component of a known one."""
+  last = name.rsplit("/", 1)[-1]
+  return last not in METRICS and last.startswith(tuple(_PARTS))
 
 
 def describe(name: str) -> Metric:

@@ -1,18 +1,22 @@
 """The report: complete, self-contained, safe, and content with less."""
 
+import base64
 import html.parser
+import io
 import json
 import math
 import re
 
 import numpy as np
+import PIL.Image
 import pytest
+from workdirs import add_stage, change_config, make_adversarial_run, make_run
 
 from psvae_jax import writers
 from psvae_jax.report import write_report
 from psvae_jax.report_data import read_run
 from psvae_jax.report_figures import Curve, curve_svg
-from psvae_jax.report_images import absolute_error, image_psnr
+from psvae_jax.report_images import absolute_error, data_uri, heat, image_psnr
 from psvae_jax.report_metrics import describe, format_value
 
 VOID = {"meta", "img", "use", "br"}
@@ -57,64 +61,6 @@ def page_of(workdir):
   return Page(write_report(workdir).read_text(encoding="utf-8"))
 
 
-def add_stage(workdir, stage, steps, *, psnr=20.0, final=True, full=False):
-  """What a finished (or killed) stage leaves; `full` with all kinds of it."""
-  rng = np.random.default_rng(len(stage))
-  with writers.MetricWriter(workdir / stage) as writer:
-    for step in range(1, steps + 1):
-      writer.write(step, {"train/loss": 1.0 / step})
-      if full:
-        norms = {"train/grad_norm/pixel_decoder": 0.5}
-        writer.write(step, {"perf/images_per_second": 100.0, **norms})
-    writer.write(steps, {"eval/psnr": psnr})
-    if full:
-      writer.write(steps, {"eval/latent_std": 0.9})
-  folder = workdir / stage / "samples"
-  folder.mkdir()
-  original = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-  noise = rng.integers(-9, 9, original.shape)
-  np.savez(
-    folder / "validation.npz",
-    original=original,
-    reconstruction=np.clip(original + noise, 0, 255).astype(np.uint8),
-  )
-  np.savez(workdir / stage / "latents.npz", std=rng.random(5))
-  if final:
-    writers.update_summary(
-      workdir,
-      {
-        stage: {"eval/psnr": psnr, "eval/probe_accuracy": 0.912},
-        "wall_seconds": {stage: 75.0},
-      },
-    )
-
-
-def make_run(workdir, full=False):
-  workdir.mkdir()
-  add_stage(workdir, "svae", 40, psnr=16.5, full=full)
-  add_stage(workdir, "psvae", 60, psnr=27.25, full=full)
-  writers.update_summary(
-    workdir,
-    {
-      "encoder": {
-        "eval/probe_accuracy": 0.934,
-        "eval/probe_accuracy_random_encoder": 0.222,
-        "eval/probe_accuracy_chance": 0.071,
-      },
-      "wall_seconds": {"total": 150.0},
-      "device": "TPU v5e × 4",
-      "versions": {"jax": "0.10.2"},
-    },
-  )
-  config = {
-    "stages": ["svae", "psvae"],
-    "svae": {"train": {"steps": 40, "batch_size": 64}},
-    "psvae": {"train": {"steps": 60, "batch_size": 32}},
-  }
-  writers.write_json_atomic(workdir / "config.json", config)
-  return workdir
-
-
 @pytest.fixture
 def workdir(tmp_path):
   return make_run(tmp_path / "run")
@@ -127,8 +73,7 @@ def test_a_whole_run_has_every_section(tmp_path):
     "images",
     "curves",
     "latents",
-    "timings",
-    "config",
+    "run",
   ]
   for words in (
     "S-VAE → PS-VAE",
@@ -141,21 +86,24 @@ def test_a_whole_run_has_every_section(tmp_path):
     '"batch_size": 32',
   ):
     assert words in page.text, words
-  # 3 images: original, two stages, error.
-  assert page.tags.count("img") == 12
-  # 5 metrics by step and a statistic by channel.
-  assert page.tags.count("svg") == 6
+  # 3 images: original, and two stages with an error each.
+  assert page.tags.count("img") == 15
+  # 5 metrics by step, and a statistic by channel in two stages.
+  assert page.tags.count("svg") == 7
   assert "unfinished" not in page.text
 
 
-def test_it_is_one_file_without_scripts_or_addresses(workdir):
-  text = write_report(workdir).read_text(encoding="utf-8")
+@pytest.mark.parametrize("make", [make_run, make_adversarial_run])
+def test_it_is_one_file_without_scripts_or_addresses(tmp_path, make):
+  path = write_report(make(tmp_path / "run"))
+  assert path.stat().st_size < 5_000_000
+  text = path.read_text(encoding="utf-8")
   assert not re.findall(r"https?:|//|@import|url\((?!#)", _without_data(text))
   page = Page(text)
   assert not {"script", "link", "iframe", "object"} & set(page.tags)
   for name, value in page.attributes:
     if name == "src":
-      assert value.startswith("data:image/png;base64,")
+      assert value.startswith(("data:image/png", "data:image/jpeg"))
     if name in ("href", "xlink:href"):
       assert value.startswith("#")
     assert not name.startswith("on")
@@ -164,31 +112,176 @@ def test_it_is_one_file_without_scripts_or_addresses(workdir):
 
 
 def _without_data(text):
-  return re.sub(r"data:image/png;base64,[\w+/=]*", "", text)
+  return re.sub(r"data:image/\w+;base64,[\w+/=]*", "", text)
 
 
-def test_probe_floors_stand_beside_the_stages(workdir):
+def rows_of(text, title):
+  """Cells by row name of the table whose first head is `title`."""
+  (table,) = re.findall(
+    rf"<table>\n<thead><tr><th[^>]*>{title}<.*?</table>", text, re.DOTALL
+  )
+  rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', table)
+  return {
+    re.split("<", row)[0]: re.findall(r"<td[^>]*>(.*?)</td>", row)
+    for row in rows
+  }
+
+
+def test_probe_floors_stand_below_the_stages(workdir):
+  writers.update_summary(
+    workdir, {"psvae": {"eval/probe_accuracy_decoded": 0.875}}
+  )
   text = write_report(workdir).read_text(encoding="utf-8")
-  (row,) = re.findall(r"<tr><th[^>]*>Probe accuracy, f′.*?</tr>", text)
-  cells = re.findall(r"<td>(.*?)</td>", row)
-  assert cells == ["91.2 %", "91.2 %", "93.4 %", "22.2 %", "7.1 %"]
-  titles = re.findall(r'<th scope="col">(.*?)</th>', text)[1:6]
-  assert titles == [
-    "S-VAE",
-    "PS-VAE",
-    "Frozen encoder",
-    "Random encoder",
-    "Chance",
-  ]
+  assert rows_of(text, "Balanced accuracy") == {
+    "S-VAE": ["91.2 %", "", ""],
+    "PS-VAE": ["91.2 %", "", "87.5 %"],
+    "Frozen encoder": ["93.4 %", "", ""],
+    "Random encoder": ["22.2 %", "", ""],
+    "Chance": ["7.1 %", "7.1 %", "7.1 %"],
+  }
 
 
 def test_the_best_stage_is_bold_and_a_reference_never(workdir):
-  writers.update_summary(workdir, {"encoder": {"eval/psnr": 99.0}})
+  writers.update_summary(
+    workdir,
+    {
+      "encoder": {"eval/psnr": 99.0},
+      "svae": {"eval/ssim": 0.5},
+      "psvae": {"eval/ssim": 0.5},
+    },
+  )
   text = write_report(workdir).read_text(encoding="utf-8")
   (row,) = re.findall(r"<tr><th[^>]*>PSNR.*?</tr>", text)
   assert re.findall(r"<b>(.*?)</b>", row) == ["27.25 dB"]
-  (row,) = re.findall(r"<tr><th[^>]*>Probe accuracy, f′.*?</tr>", text)
-  assert "<b>" not in row  # both stages read 91.2 %
+  assert "99.00 dB" in row
+  (row,) = re.findall(r"<tr><th[^>]*>SSIM.*?</tr>", text)
+  assert "<b>" not in row  # both stages read 0.500
+
+
+def test_an_adversarial_run_has_what_belongs_to_it(tmp_path):
+  workdir = make_adversarial_run(tmp_path / "run")
+  text = write_report(workdir).read_text(encoding="utf-8")
+  page = Page(text)
+  assert page.ids == [
+    "results",
+    "images",
+    "features",
+    "curves",
+    "latents",
+    "run",
+  ]
+  assert [v for k, v in page.attributes if k == "href"] == [
+    f"#{name}" for name in page.ids
+  ]
+  sharpness = rows_of(text, "PS-VAE")["Sharpness"]
+  assert sharpness == ["0.625", "0.875"]  # at steps 30 and 60; felt from 45
+  for words in (
+    "configs/psvae.py",
+    "scenes, 48 × 48",
+    "0.25 × λ, from step 40 (decoder from 45)",
+    "Logits, real and fake (dashed)",
+    "0.5 · −1.1",
+    "2 unusable records left out of the data",
+    "2 non-finite steps of PS-VAE skipped",
+    "a/broken.jpg",
+    "15s (20 %)",
+    "Held-out scenes",
+    "Photographs",
+    "picture 2",
+  ):
+    assert words in page.text, words
+
+
+def test_marks_stand_where_the_adversarial_term_begins():
+  curve = Curve(0, np.arange(100.0), np.ones(100))
+  plain = curve_svg([curve], bounds=[40, 100])
+  marked = curve_svg([curve], bounds=[40, 100], marks=[80, 80, 85])
+  places = re.compile(r'<path d="M ([\d.]+) [\d.]+ \nL \1 ')
+  lines = {float(x) for x in places.findall(marked)}
+  new = sorted(lines - {float(x) for x in places.findall(plain)})
+  (bound,) = (float(x) for x in places.findall(plain))
+  assert len(new) == 2
+  assert (new[0] - bound) / (new[1] - bound) == pytest.approx(40 / 45, abs=1e-3)
+
+
+def test_features_stand_in_the_order_frozen_tuned_decoded(tmp_path):
+  page = page_of(make_adversarial_run(tmp_path / "run"))
+  alts = [v for k, v in page.attributes if k == "alt"]
+  features = [v for v in alts if v.startswith("features ")]
+  assert features[:4] == [
+    "features f, frozen: picture 0",
+    "features f″, S-VAE: picture 0",
+    "features f′, PS-VAE: picture 0",
+    "features f″, PS-VAE: picture 0",
+  ]
+  assert len(features) == 2 * 3 * 4  # sets, images, columns
+  channels = [v for v in alts if v.startswith("channel ")]
+  assert channels[:2] == [
+    "channel 1 of S-VAE: picture 0",
+    "channel 4 of S-VAE: picture 0",
+  ]
+  errors = [v for v in alts if v.startswith("error of ")]
+  assert len(errors) == 2 * 3 * 2  # of both stages
+  assert all(alts)
+
+
+def test_pictures_that_could_not_be_made_leave_their_reason(workdir):
+  path = workdir / "svae" / "samples" / "photographs.npz"
+  np.savez(path, note=np.array("scikit-image is not installed"))
+  page = page_of(workdir)
+  assert "Photographs" in page.text
+  assert "scikit-image is not installed" in page.text
+
+
+def test_pictures_of_a_wrong_form_are_passed_over(workdir):
+  for name in ("features_frozen", "latent", "latent_channel"):
+    path = workdir / "svae" / "samples" / "validation.npz"
+    with np.load(path) as saved:
+      arrays = dict(saved)
+    np.savez(path, **arrays, **{name: np.zeros((3, 1))})
+    assert page_of(workdir).tags.count("img") == 15
+
+
+@pytest.mark.parametrize(
+  ("loss", "words"),
+  [
+    ({"gan": 0.5, "gan_start": 55}, "nothing was evaluated after that yet"),
+    ({"gan": 0.5, "gan_start": 10}, "was evaluated before that"),
+    ({"gan": 0.0, "gan_start": 10}, None),
+  ],
+)
+def test_sharpness_without_a_pair_to_compare(workdir, loss, words):
+  with writers.MetricWriter(workdir / "psvae", start_step=60) as writer:
+    writer.write(50, {"eval/sharpness": 0.5})
+  change_config(workdir, psvae={"loss": loss})
+  text = page_of(workdir).text
+  if words:
+    assert words in text
+  else:
+    assert "adversarial" not in text
+
+
+def test_settings_of_any_kind_do_no_harm(workdir):
+  strange = {"loss": {"gan": "x"}, "optim": 3, "train": None}
+  change_config(workdir, data=[1], model="m", svae=strange, psvae=7)
+  (workdir / "quarantine.jsonl").write_bytes(b'\xff\n[1]\n{"path": 3}\n')
+  writers.update_summary(workdir, {"timings": {"svae": 3, "psvae": "x"}})
+  page = page_of(workdir)
+  assert "1 unusable record left out of the data" in page.text
+  assert page.ids[-1] == "run"
+
+
+def test_large_pictures_are_reduced_and_small_ones_exact():
+  rng = np.random.default_rng(0)
+  small = rng.integers(0, 256, (48, 48, 3), np.uint8)
+  np.testing.assert_array_equal(decoded(data_uri(small)), small)
+  large = rng.integers(0, 256, (512, 384, 3), np.uint8)
+  assert decoded(data_uri(large)).shape == (256, 192, 3)
+
+
+def decoded(address):
+  data = base64.b64decode(address.split(",")[1])
+  return np.asarray(PIL.Image.open(io.BytesIO(data)))
 
 
 def test_text_of_the_run_is_escaped(workdir):
@@ -229,7 +322,7 @@ def test_a_run_in_progress_shows_what_there_is(workdir, tmp_path):
   assert "15.50 dB" in page.text
   assert "Left out" not in page.text
   assert "PS-VAE" not in page.text.replace('"psvae"', "")
-  assert page.tags.count("img") == 9
+  assert page.tags.count("img") == 9  # original, S-VAE, error
 
 
 @pytest.mark.parametrize(
@@ -370,6 +463,8 @@ def test_image_figures():
   assert image_psnr(a, b) == pytest.approx(20 * math.log10(255 / 20))
   assert absolute_error(a, b).max() == absolute_error(b, a).min() == 80
   assert absolute_error(a, b, gain=20).min() == 255
+  lightness = heat(np.arange(256, dtype=np.uint8)[None])[0].sum(-1, dtype=int)
+  assert (np.diff(lightness) >= 0).all() and lightness[0] == 0
 
 
 @pytest.mark.parametrize(

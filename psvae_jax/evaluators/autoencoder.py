@@ -4,6 +4,7 @@ Reconstructions are made from μ and rounded to uint8 before they are compared.
 Padding is masked, so no figure depends on the batch size or the host count.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from psvae_jax import sharding
 from psvae_jax.config import Config
 from psvae_jax.data import pipeline, sources
 from psvae_jax.data.scenes import SceneSource
-from psvae_jax.evaluators import image_metrics, scenes
+from psvae_jax.evaluators import image_metrics, photographs, scenes
 from psvae_jax.evaluators.latents import LatentMoments
+from psvae_jax.evaluators.pictures import Pictures, Samples
 from psvae_jax.models.autoencoder import Autoencoder
 
 
@@ -35,6 +37,7 @@ class AutoencoderEvaluator:
     self._reconstruct = jax.jit(self._reconstruct_fn)
     self._tokens = jax.jit(self._tokens_fn)
     self._features = jax.jit(self._features_fn)
+    self._pictures = Pictures(model)
     self._scene_probe = None
     if config.eval.probe == "scenes":
       self._scene_probe = scenes.SceneProbe(
@@ -79,7 +82,11 @@ class AutoencoderEvaluator:
     return _replicate({"features": features.mean(axis=(1, 2))})
 
   def evaluate(
-    self, params: dict[str, Any], mesh: Mesh, folder: Path | None
+    self,
+    params: dict[str, Any],
+    mesh: Mesh,
+    folder: Path | None,
+    teacher: Any = None,
   ) -> dict[str, float]:
     """All figures of `params` (module → parameters, E included).
 
@@ -87,6 +94,8 @@ class AutoencoderEvaluator:
       params: parameters on `mesh`.
       mesh: the mesh.
       folder: where samples and channel statistics are written; None nowhere.
+      teacher: the frozen encoder's parameters, for pictures of its features;
+        the same object as `params["encoder"]` where E does not train.
 
     Returns:
       Metric name → value.
@@ -97,7 +106,7 @@ class AutoencoderEvaluator:
     )
     means, moments = image_metrics.MeanAccumulator(), LatentMoments()
     checker = scenes.CheckerScore(source) if self._checks(source) else None
-    originals, reconstructions = [], []
+    originals, indices = [], []
     batches = pipeline.eval_batches(
       source,
       image_size=self._model.config.output_size,
@@ -116,7 +125,7 @@ class AutoencoderEvaluator:
         checker.update(out["index"][mask], out["reconstruction"][mask])
       if sum(map(len, originals)) < config.num_samples:
         originals.append(out["image"][mask])
-        reconstructions.append(out["reconstruction"][mask])
+        indices.append(out["index"][mask])
     latents = moments.result()
     metrics = {f"eval/{k}": v for k, v in means.result().items()}
     metrics |= {
@@ -130,17 +139,19 @@ class AutoencoderEvaluator:
       metrics |= checker.result()
     if self._scene_probe is not None:
       metrics |= self._probe(params, mesh)
-    if folder is not None:
+    # Other hosts write nothing, but take part in what is computed.
+    if originals and (folder is not None or jax.process_count() > 1):
       count = config.num_samples
-      _write_arrays(
-        folder / "samples" / "validation.npz",
-        original=np.concatenate(originals)[:count],
-        reconstruction=np.concatenate(reconstructions)[:count],
+      samples = Samples(
+        np.concatenate(originals)[:count],
+        _captions(source, np.concatenate(indices)[:count]),
       )
-      _write_arrays(
-        folder / "latents.npz",
-        **{k: latents[k] for k in ("mean", "std", "variance", "kl")},
-      )
+      for name, arrays in self._sample_sets(
+        params, teacher, samples, latents, mesh
+      ):
+        _write_arrays(folder, f"samples/{name}.npz", arrays)
+    statistics = ("mean", "std", "variance", "kl")
+    _write_arrays(folder, "latents.npz", {k: latents[k] for k in statistics})
     return metrics
 
   def encoder_floor(self, params: Any, mesh: Mesh) -> dict[str, float]:
@@ -181,6 +192,32 @@ class AutoencoderEvaluator:
         metrics[f"eval/probe_{name}"] = value
     return metrics
 
+  def _sample_sets(
+    self,
+    params: Any,
+    teacher: Any,
+    held_out: Samples,
+    latents: dict[str, np.ndarray],
+    mesh: Mesh,
+  ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Name and arrays of the held-out images and of real photographs."""
+    yield (
+      "validation",
+      self._pictures(params, teacher, held_out, latents, mesh),
+    )
+    if self._config.data.source == "bundled":
+      return  # they are the held-out images
+    try:
+      # As many as of the others: one shape is compiled once.
+      samples = photographs.load(
+        self._model.config.output_size, len(held_out.images)
+      )
+    except FileNotFoundError as error:
+      yield "photographs", {"note": np.array(str(error))}
+      return
+    arrays = self._pictures(params, teacher, samples, latents, mesh)
+    yield "photographs", arrays
+
   def _checks(self, source: Any) -> bool:
     return self._scene_probe is not None and isinstance(source, SceneSource)
 
@@ -203,8 +240,20 @@ def _replicate(tree: Any) -> Any:
   return jax.tree.map(sharding.constrain, tree)
 
 
-def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
+def _captions(source: Any, indices: np.ndarray) -> list[str]:
+  """Captions of scenes; other sources would have to read their files again."""
+  if not isinstance(source, SceneSource):
+    return [""] * len(indices)
+  return [source[int(index)]["caption"] for index in indices]
+
+
+def _write_arrays(
+  folder: Path | None, name: str, arrays: dict[str, np.ndarray]
+) -> None:
   """Writes an .npz so that a reader sees the old file or the new one whole."""
+  if folder is None:
+    return
+  path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial.npz")
   np.savez_compressed(partial, **arrays)
