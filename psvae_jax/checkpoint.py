@@ -256,11 +256,11 @@ class Checkpointer:
     self._remove_partial()
     self._manager = self._open()
     latest = self.latest_step()
-    good = "there is none yet" if latest is None else f"it is of step {latest}"
+    good = "none yet" if latest is None else f"step {latest}"
     reader.say(
       f"warning: step {step} could not be saved in {self._folder} ({reason}). "
-      f"The run goes on and tries again in {self._config.every_steps} steps; "
-      f"the last good checkpoint: {good}. {self._space()}"
+      "The run goes on and tries again at the next checkpoint; last good one: "
+      f"{good}. {self._space()}"
     )
 
   def _space(self) -> str:

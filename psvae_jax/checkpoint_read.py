@@ -19,6 +19,7 @@ from psvae_jax.checkpoint_fit import (
   check_fingerprint,
   check_tree,
 )
+from psvae_jax.checkpoint_noise import silence
 
 _T = TypeVar("_T")
 # None of them says anything about the files on the disk.
@@ -27,6 +28,7 @@ NOT_THE_FILES = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 def handlers() -> Any:
   """Names every item's handler: a manager that has not saved knows none."""
+  silence()
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   metadata = ocp.JsonCheckpointHandler()
   state = ocp.StandardCheckpointHandler()

@@ -1,6 +1,7 @@
 """Checkpoints under damage, mismatch and a full disk, all injected for real."""
 
 import contextlib
+import logging
 import shutil
 import subprocess
 import time
@@ -385,7 +386,7 @@ def filled(disk, spare):
 @pytest.mark.parametrize("spare", [0, 100_000, 2_000_000])
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_full_disk_costs_one_save_and_not_the_run(
-  small_disk, capfd, spare, keep
+  small_disk, capfd, caplog, spare, keep
 ):
   folder, data = small_disk / "checkpoints", make_iterator()
   checkpointer = open_checkpointer(folder, keep)
@@ -409,8 +410,10 @@ def test_a_full_disk_costs_one_save_and_not_the_run(
     for step, line in zip((4, 5), out, strict=True):
       assert f"step {step} could not be saved" in line
       assert "No space left on device" in line
-      assert "is of step 3" in line
+      assert "last good one: step 3" in line
     assert not list(folder.glob("*tmp"))
+    # Not a traceback from each thread on top.
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
     assert (folder / "3").is_dir()
   assert save(6)
   checkpointer.close()

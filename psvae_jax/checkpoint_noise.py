@@ -1,0 +1,41 @@
+"""Keeps a failed save or restore from printing hundreds of lines.
+
+Orbax logs the same failure from each of its threads with a traceback, and
+TensorStore prints one more for every array, as the event loop that waited for
+it is gone. All of it also arrives as one exception, which `checkpoint` puts in
+one line.
+"""
+
+import functools
+import logging
+import sys
+
+from absl import logging as absl_logging
+
+
+class _NoOrbaxTracebacks(logging.Filter):
+  """Passes all but Orbax's errors, which come with --verbosity=0."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    return (
+      record.levelno < logging.ERROR
+      or "orbax" not in record.pathname
+      or absl_logging.get_verbosity() >= absl_logging.INFO
+    )
+
+
+@functools.cache
+def silence() -> None:
+  """Installs the filters, once a process."""
+  absl_logging.get_absl_logger().addFilter(_NoOrbaxTracebacks())
+  before = sys.unraisablehook
+
+  def hook(unraisable) -> None:
+    error = unraisable.exc_value
+    lost_loop = isinstance(error, RuntimeError) and "Event loop is closed" in (
+      str(error)
+    )
+    if not lost_loop:
+      before(unraisable)
+
+  sys.unraisablehook = hook

@@ -1,0 +1,144 @@
+"""One run a workdir: a second one is refused before it can do any harm.
+
+The lock is the operating system's (`flock`), so a killed run leaves none. Where
+the file system has no such locks, the run keeps a file's time fresh instead,
+and a file that has not been touched for a minute counts as left behind.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+LOCK_FILE = ".lock"
+_HEARTBEAT_FILE = ".lock-heartbeat"
+_HEARTBEAT_SECONDS = 10.0
+_STALE_SECONDS = 60.0
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+
+
+class WorkdirError(OSError):
+  """A workdir cannot be used; the message says why and what to do."""
+
+
+class WorkdirBusyError(WorkdirError):
+  """Another run uses the workdir."""
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: Path, *, enabled: bool = True) -> Iterator[None]:
+  """Holds `workdir` for this process while the block runs.
+
+  Args:
+    workdir: the job's folder; created when missing.
+    enabled: False on every process but the first: nothing is touched.
+
+  Raises:
+    WorkdirBusyError: another run holds it, which is named.
+    WorkdirError: it is no folder, or cannot be written to.
+  """
+  if not enabled:
+    yield
+    return
+  workdir = Path(workdir)
+  with _open_lock(workdir) as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _busy(workdir, workdir / LOCK_FILE) from None
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      with _heartbeat(workdir):
+        yield
+      return
+    _write_holder(file)
+    try:
+      yield
+    finally:
+      # The file stays: removing it would let two runs lock two files.
+      file.truncate(0)
+
+
+def _open_lock(workdir: Path) -> IO[str]:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    return (workdir / LOCK_FILE).open("a+", encoding="utf-8")
+  except OSError as error:
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+      why = "it, or a folder above it, is a file"
+    else:
+      why = error.strerror or str(error)
+    raise WorkdirError(
+      f"cannot write to the workdir {workdir}: {why}. Choose another --workdir."
+    ) from error
+
+
+def _write_holder(file: IO[str]) -> None:
+  """Writes who holds the lock; on a full disk it is held without a name."""
+  now = datetime.datetime.now().astimezone()
+  holder = {
+    "host": socket.gethostname(),
+    "pid": os.getpid(),
+    "started": now.isoformat(sep=" ", timespec="seconds"),
+    "command": shlex.join(sys.orig_argv),
+  }
+  with contextlib.suppress(OSError):
+    file.truncate(0)
+    file.write(json.dumps(holder))
+    file.flush()
+
+
+def _busy(workdir: Path, path: Path) -> WorkdirBusyError:
+  try:
+    holder = json.loads(path.read_text(encoding="utf-8"))
+    who = (
+      f"process {holder['pid']} on {holder['host']}, started "
+      f"{holder['started']} as: {holder['command']}"
+    )
+  except (OSError, ValueError, KeyError, TypeError):
+    who = "a process that has not written its name"
+  return WorkdirBusyError(
+    f"the workdir {workdir} is in use by another run ({who}). Wait for it, "
+    "stop it, or choose another --workdir."
+  )
+
+
+@contextlib.contextmanager
+def _heartbeat(workdir: Path) -> Iterator[None]:
+  """The lock of file systems without locks."""
+  path = workdir / _HEARTBEAT_FILE
+  with contextlib.suppress(FileNotFoundError):
+    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+      path.unlink()
+  try:
+    file = path.open("x", encoding="utf-8")
+  except FileExistsError:
+    raise _busy(workdir, path) from None
+  stopped = threading.Event()
+
+  def beat() -> None:
+    while not stopped.wait(_HEARTBEAT_SECONDS):
+      with contextlib.suppress(OSError):
+        os.utime(path)
+
+  thread = threading.Thread(target=beat, name="workdir-heartbeat", daemon=True)
+  with file:
+    _write_holder(file)
+    thread.start()
+    try:
+      yield
+    finally:
+      stopped.set()
+      thread.join()
+      path.unlink(missing_ok=True)
