@@ -80,7 +80,8 @@ class FolderSource:
       )
     scan = _Scan(self.root, captions)
     self._pack(scan.examples())
-    self._insert([*scan.missing, *self._still_gone(gone)])
+    self._insert(scan.missing)
+    self._insert(list(self._still_gone(gone)))
     if not len(self._paths):
       raise ValueError(
         f"No images in {self.root!r} or below; looked for names ending in "

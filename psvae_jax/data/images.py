@@ -12,7 +12,7 @@ import re
 import stat
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Only formats without an external interpreter: Pillow would otherwise hand a
 # PostScript file named .jpg to Ghostscript.
@@ -173,6 +173,8 @@ def _is_many_scans(data: bytes) -> bool:
 
 
 def _cause(error: Exception) -> str:
+  if isinstance(error, UnidentifiedImageError):
+    return "damaged, or of another format"  # Pillow names our buffer
   return str(error) or type(error).__name__
 
 
