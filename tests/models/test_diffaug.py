@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
+from psvae_jax import sharding
+from psvae_jax.config import MeshConfig
 from psvae_jax.models import diffaug
 
 ALL = diffaug.OPERATIONS
@@ -131,9 +132,8 @@ def test_eight_devices_agree_and_do_not_talk():
     return jax.grad(loss)(images)
 
   want = gradient(images, draws)
-  mesh = jax.make_mesh((8,), ("data",))
-  split = NamedSharding(mesh, PartitionSpec("data"))
-  arguments = jax.device_put((images, draws), split)
+  mesh = sharding.make_mesh(MeshConfig(data=8))
+  arguments = jax.device_put((images, draws), sharding.batch_sharding(mesh))
   np.testing.assert_allclose(gradient(*arguments), want, atol=1e-6)
   text = gradient.lower(*arguments).compile().as_text()
   for collective in ("all-gather", "all-reduce", "all-to-all", "permute"):

@@ -1,4 +1,4 @@
-"""Bicubic resampling against PyTorch's."""
+"""Resampling against PyTorch's."""
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,22 @@ def test_equals_torch(size, out, antialias):
   got = resize.resize_bicubic(images, out, antialias=antialias)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "out"), SIZES)
+def test_bilinear_equals_torch(size, out):
+  torch = pytest.importorskip("torch")
+  images = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3))
+  images = images.astype(np.float32)
+  want = torch.nn.functional.interpolate(
+    torch.from_numpy(images).permute(0, 3, 1, 2),
+    size=out,
+    mode="bilinear",
+    align_corners=False,
+  )
+  got = resize.resize_bilinear(images, out)
+  want = want.permute(0, 2, 3, 1).numpy()
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_gradient_equals_torch():
@@ -71,3 +87,5 @@ def test_bad_input_is_named():
     resize.resize_bicubic(np.zeros((1, 8, 8, 3), np.uint8), (4, 4))
   with pytest.raises(ValueError, match="8 to 0"):
     resize.resize_bicubic(np.zeros((8, 8, 3), np.float32), (0, 4))
+  with pytest.raises(ValueError, match="8 to 0"):
+    resize.resize_bilinear(np.zeros((8, 8, 3), np.float32), (0, 4))

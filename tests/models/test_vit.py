@@ -1,11 +1,13 @@
 """The vision transformer as a module; parity is in test_encoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psvae_jax.models import vit
+from psvae_jax.models import layers, vit
 
 CONFIG = vit.ViTConfig(
   width=16,
@@ -148,3 +150,41 @@ def test_bad_input_is_named():
     module.init(key, jnp.zeros((1, 16, 16, 4)))
   with pytest.raises(ValueError, match="'none'"):
     vit.ViT(CONFIG, final_norm="none").init(key, jnp.zeros((1, 16, 16, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True, "unroll": 2}])
+def test_taps_are_what_shallower_networks_end_with(options):
+  config = dataclasses.replace(CONFIG, depth=4)
+  images = random_images((2, 16, 24, 3))
+  tapped = vit.ViT(config, taps=(0, 2), **options)
+  params = random_params(tapped)
+  whole = random_params(vit.ViT(config))
+  assert whole.keys() - params.keys() == {"norm"}
+  got = jax.jit(tapped.apply)({"params": params}, images)
+  norm = layers.LayerNorm()
+  for depth, patches in zip((1, 3), got, strict=True):
+    assert patches.shape == (2, 24, 16) and patches.dtype == jnp.float32
+    shallow = vit.ViT(dataclasses.replace(config, depth=depth))
+    blocks = jax.tree.map(lambda p, n=depth: p[:n], params["blocks"])
+    gain = {"norm": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}
+    variables = {"params": {**params, "blocks": blocks, "norm": gain}}
+    want = jax.jit(shallow.apply)(variables, images).reshape(2, 24, 16)
+    normed = norm.apply({"params": gain}, patches)
+    np.testing.assert_allclose(normed, want, atol=1e-5)
+
+  def loss(images, module):
+    maps = module.apply({"params": params}, images)
+    return sum(jnp.mean(jnp.sin(x)) for x in maps)
+
+  grad = jax.jit(jax.grad(loss), static_argnums=1)
+  plain = vit.ViT(config, taps=(0, 2))
+  np.testing.assert_allclose(
+    grad(images, tapped), grad(images, plain), rtol=1e-4, atol=1e-7
+  )
+
+
+@pytest.mark.parametrize("taps", [(2,), (1, 0), (0, 0), (-1,)])
+def test_bad_taps_are_an_error(taps):
+  images = jnp.zeros((1, 16, 16, 3))
+  with pytest.raises(ValueError, match="must ascend within 2 blocks"):
+    vit.ViT(CONFIG, taps=taps).init(jax.random.key(0), images)
