@@ -12,7 +12,8 @@ JSON has no NaN or infinity. They are written as the strings "NaN", "Infinity"
 and "-Infinity" (the convention of protobuf's JSON mapping, understood by
 `float()` in Python and `Number()` in JavaScript), and `read_metrics` and
 `read_summary` turn them back into floats. Whole files are replaced atomically:
-a reader, or a restart after a kill, sees the old file or the new one.
+a reader, or a restart after a kill, sees the old file or the new one. On a full
+disk a line of metrics is lost, whole, and the run goes on.
 """
 
 import contextlib
@@ -20,10 +21,12 @@ import json
 import math
 import numbers
 import os
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from psvae_jax.append_file import AppendFile
+from psvae_jax.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -150,9 +153,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricWriter:
   """Appends scalars of one stage to `metrics.jsonl` and TensorBoard.
 
-  Every line is flushed when `write` returns, so a killed process loses at most
+  Every line is written when `write` returns, so a killed process loses at most
   the line it was writing. Values are host floats: the caller fetches them from
   the device when it suits the loop.
+
+  A line that cannot be written, as on a full disk, is dropped. The first one
+  prints a warning; figures are not worth a run.
   """
 
   def __init__(
@@ -166,29 +172,22 @@ class MetricWriter:
         was restored, and the history starts anew.
       enabled: False on every process but the first: nothing is touched.
     """
-    self._file: IO[str] | None = None
-    self._events = None
+    self._lines: AppendFile | None = None
+    self._warned = False
     if not enabled:
       return
-    import tensorboardX  # late: readers of this module do not need it
-
     stage_dir = Path(stage_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     path = stage_dir / METRICS_FILE
     if path.exists():
       cut_back(path, start_step)
-    self._file = path.open("a", encoding="utf-8")
+    self._lines = AppendFile(path)
     events_dir = stage_dir / TENSORBOARD_DIR
     has_history = events_dir.exists() and any(events_dir.iterdir())
     # TensorBoard hides the steps >= purge_step of the earlier files.
     purge_step = start_step + 1 if start_step else 0
-    self._events = tensorboardX.SummaryWriter(
-      str(events_dir),
-      purge_step=purge_step if has_history else None,
-      flush_secs=30,
-      # File names have a resolution of one second, restarts may be faster.
-      filename_suffix=f".{time.time_ns()}",
-    )
+    self._events = EventFile(events_dir, purge_step if has_history else None)
+    self._folder = stage_dir
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Records `metrics` of `step`.
@@ -200,9 +199,9 @@ class MetricWriter:
     Raises:
       ValueError: a metric is called "step", or the writer is closed.
     """
-    if self._file is None:
+    if self._lines is None:
       return
-    if self._file.closed:
+    if self._lines.closed:
       raise ValueError("this MetricWriter is closed; open a new one to write.")
     if "step" in metrics:
       raise ValueError(
@@ -213,16 +212,27 @@ class MetricWriter:
     values = {name: float(value) for name, value in metrics.items()}
     record = encode_json({"step": step, **values})
     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    self._file.write(line + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    try:
+      self._lines.append(f"{line}\n".encode())
+      self._events.write(step, values)
+    except OSError as error:
+      self._warn(step, error)
 
   def close(self) -> None:
-    """Flushes and closes the files; harmless when called again."""
-    if self._file is not None and not self._file.closed:
-      self._file.close()
+    """Closes the files; harmless when called again."""
+    if self._lines is not None and not self._lines.closed:
+      self._lines.close()
       self._events.close()
+
+  def _warn(self, step: int, error: OSError) -> None:
+    if not self._warned:
+      self._warned = True
+      print(
+        f"warning: the metrics of step {step} could not be written to "
+        f"{self._folder} ({error.strerror or error}). The run goes on; lines "
+        "are left out until they can be written again",
+        flush=True,
+      )
 
   def __enter__(self) -> "MetricWriter":
     return self

@@ -1,9 +1,7 @@
 """Checkpoints under damage, mismatch and a full disk, all injected for real."""
 
-import contextlib
 import logging
 import shutil
-import subprocess
 import time
 
 import chex
@@ -12,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_disk import filled, mounted
 
 from psvae_jax import checkpoint as ckpt
 from psvae_jax import checkpoint_files
@@ -358,27 +357,8 @@ def test_the_bridge_names_a_module_that_was_never_saved(folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A file system of 24 MiB."""
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-  try:
-    subprocess.run(mount, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError) as error:
-    pytest.skip(f"mounting a tmpfs is not permitted: {error}")
-  try:
-    yield folder
-  finally:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def filled(disk, spare):
-  """Leaves `spare` bytes free within the block."""
-  ballast = disk / "ballast"
-  ballast.write_bytes(bytes(max(shutil.disk_usage(disk).free - spare, 0)))
-  yield
-  ballast.unlink()
+  with mounted(tmp_path / "disk") as disk:
+    yield disk
 
 
 # A state is 2.8 MiB. Nothing at all can be created; folders and small files

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from small_disk import filled, mounted
 
 from psvae_jax import writers
 from psvae_jax.progress import Progress, format_seconds
@@ -166,6 +167,59 @@ def test_a_broken_summary_is_an_error_and_is_kept(tmp_path, text):
   with pytest.raises(ValueError, match="summary.json"):
     writers.update_summary(tmp_path, {"a": 1})
   assert path.read_text() == text
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
+  """Whole lines: none is torn, and none is appended to half of another."""
+  with mounted(tmp_path / "disk", "1m") as disk:
+    with writers.MetricWriter(disk / "svae") as writer:
+      for step in range(1, 5):
+        writer.write(step, {f"a/{i}": step + i / 3 for i in range(40)})
+      with filled(disk, spare=1000):
+        # As many as fill what is left of the last page, and many more.
+        for step in range(5, 45):
+          writer.write(step, {f"a/{i}": step + i / 3 for i in range(40)})
+      for step in range(45, 50):
+        writer.write(step, {f"a/{i}": step + i / 3 for i in range(40)})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "No space left on device" in line
+    assert "svae" in line
+    records = lines(disk / "svae" / "metrics.jsonl")  # every line is whole
+    steps = [record["step"] for record in records]
+    assert steps[:4] == [1, 2, 3, 4]
+    assert steps[-5:] == [45, 46, 47, 48, 49]
+    assert len(steps) < 25  # the disk was full
+    scalars, _ = events(disk / "svae")
+    seen = {step for step, _ in scalars}
+    assert {1, 2, 3, 4, 45, 46, 47, 48, 49} <= seen
+    assert len(seen) < 25
+
+
+def test_a_full_disk_from_the_start_costs_lines_only(tmp_path, capsys):
+  with mounted(tmp_path / "disk", "1m") as disk:
+    with writers.MetricWriter(disk / "svae") as writer:
+      with filled(disk):
+        writer.write(1, {"a": 1.0})
+        writer.write(2, {"a": 1.0})
+      writer.write(3, {"a": 1.0})
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert [r["step"] for r in lines(disk / "svae" / "metrics.jsonl")] == [3]
+    assert events(disk / "svae") == ([(3, "a")], [])
+
+
+def test_a_full_disk_leaves_whole_files_as_they_were(tmp_path):
+  with mounted(tmp_path / "disk", "1m") as disk:
+    writers.update_summary(disk, {"svae": {"eval/psnr": 16.0}})
+    page = disk / "report.html"
+    writers.write_text_atomic(page, "old")
+    with filled(disk):
+      with pytest.raises(OSError, match="No space left"):
+        writers.update_summary(disk, {"svae": {"eval/ssim": 1.0}})
+      with pytest.raises(OSError, match="No space left"):
+        writers.write_text_atomic(page, "new")
+    assert writers.read_summary(disk) == {"svae": {"eval/psnr": 16.0}}
+    assert page.read_text() == "old"
+    assert not list(disk.glob(".*.tmp"))
 
 
 class Clock:
