@@ -271,7 +271,7 @@ def _caption_feature(tfds: Any, features: Any, captions: str) -> str | None:
     return next((name for name in names if is_usable(name)), None)
   if is_usable(captions):
     return captions
-  usable = [name for name in features if is_usable(name)]
+  usable = [name for name in sorted(features) if is_usable(name)]
   raise ValueError(
     f"captions={captions!r} is no text or class feature; there are "
     + (", ".join(usable) or "none")
@@ -284,7 +284,7 @@ def _select_features(tfds: Any, features: Any, caption: str | None) -> Any:
   is_dict = isinstance(features, tfds.features.FeaturesDict)
   image = features[IMAGE] if is_dict and IMAGE in features else None
   if not isinstance(image, tfds.features.Image):
-    names = ", ".join(features) if is_dict else repr(features)
+    names = ", ".join(sorted(features)) if is_dict else repr(features)
     raise ValueError(
       f"The data set has no feature 'image' that is a picture; it has {names}."
     )
