@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the same command completes the same run."""
+"""SIGKILL at random moments: no checkpoint is lost, no run changes."""
 
 import os
 import pathlib
@@ -9,12 +9,14 @@ import sys
 import time
 
 import chex
+import kill_saving
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _STEPS = 12
+_SAVING = pathlib.Path(__file__).with_name("kill_saving.py")
 _FLAGS = (
   "--config=configs/psvae.py",
   f"--config.svae.train.steps={_STEPS}",
@@ -53,6 +55,78 @@ def final_state(workdir, stage):
     {k: state[k] for k in ("step", "params", "opt_state", "ema_params")},
     [path.read_bytes() for path in positions],
   )
+
+
+def kill_while_saving(folder, size, delay):
+  """Starts the saving script and kills it `delay` of the way through a save.
+
+  Args:
+    folder: the checkpoints.
+    size: floats an array.
+    delay: fraction of a save, 0 when its temporary folder appears; above 1 for
+      what follows it: the rename and the removal of old steps.
+
+  Returns:
+    The step resumed from, temporary folders found after the start, the last
+    step that was reported as committed, whether the kill fell into a save, and
+    how long a save takes.
+  """
+  process = subprocess.Popen(
+    [sys.executable, str(_SAVING), str(folder), str(size)],
+    cwd=_ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    first = process.stdout.readline().split()
+    assert first[:1] == ["resumed"], first
+    started = time.monotonic()
+    for _ in range(2):  # the first save of a process also sets things up
+      assert process.stdout.readline().startswith("committed")
+      seconds, started = time.monotonic() - started, time.monotonic()
+    while not list(folder.glob("*tmp*")):
+      assert time.monotonic() - started < 60
+    time.sleep(delay * seconds)
+    process.send_signal(signal.SIGKILL)
+    rest = process.stdout.read().splitlines()
+    assert process.wait() == -signal.SIGKILL
+  finally:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+  resumed, leftovers = int(first[1]), int(first[2])
+  done = [int(line.split()[1]) for line in rest if line.startswith("committed")]
+  in_save = bool(list(folder.glob("*tmp*")))
+  return resumed, leftovers, max([resumed + 1, *done]), in_save, seconds
+
+
+def check_kills(folder, size, kills):
+  """`kills` kills, spread evenly and randomly over a save and what follows."""
+  rng, committed, in_save = random.Random(0), 0, 0
+  for number in range(kills):
+    delay = 1.2 * (number + rng.random()) / kills
+    resumed, leftovers, newest, during, seconds = kill_while_saving(
+      folder, size, delay
+    )
+    # The script itself compares what it resumed from bit for bit.
+    assert resumed >= committed
+    assert leftovers == 0
+    committed, in_save = newest, in_save + during
+  print(f"{in_save} of {kills} kills fell into a save of {seconds:.2f} s")
+  assert in_save >= kills // 4
+  step, _ = kill_saving.resume(kill_saving.open_checkpointer(folder), size)
+  assert step >= committed
+
+
+def test_three_kills_during_a_save_lose_no_checkpoint(tmp_path):
+  check_kills(tmp_path / "checkpoints", size=400_000, kills=3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_during_a_save_lose_no_checkpoint(tmp_path):
+  """About a minute on two cores."""
+  check_kills(tmp_path / "checkpoints", size=1_250_000, kills=20)
 
 
 @pytest.mark.slow
