@@ -95,6 +95,7 @@ class Quarantine:
     self._num_records, self._max_bad_share = num_records, max_bad_share
     self._kinds: dict[int, str] = {}
     self._examples: list[str] = []
+    self._num_logged = 0
     self._writer = None if file is None else _Writer(self.file)
     self._lock = threading.Lock()
 
@@ -133,9 +134,10 @@ class Quarantine:
         self._kinds[index] = fault.kind
         if len(self._examples) < _EXAMPLES:
           self._examples.append(f"{path} ({fault.cause})")
-      self._log(new)
+      entries = [self._entry(i, *fault) for i, fault in new.items()]
       if self._writer is not None:
-        self._writer.append([self._entry(i, *f) for i, f in new.items()])
+        entries = self._writer.append(entries)
+      self._log(entries)
       if len(self._kinds) > self.limit:
         raise DataError(self._message())
 
@@ -151,14 +153,17 @@ class Quarantine:
       "time": now.isoformat(timespec="seconds"),
     }
 
-  def _log(self, new: Mapping[int, tuple[str, Fault]]) -> None:
-    """Names the first few; called when they are counted already."""
-    before = len(self._kinds) - len(new)
-    for path, fault in list(new.values())[: max(0, _LOGGED - before)]:
+  def _log(self, entries: list[dict[str, Any]]) -> None:
+    """Names the first few of those that no earlier process has named."""
+    for entry in entries[: max(0, _LOGGED - self._num_logged)]:
       logging.warning(
-        "Skipping %s of the %s split: %s", path, self._split, fault.cause
+        "Skipping %s of the %s split: %s",
+        entry["path"],
+        self._split,
+        entry["cause"],
       )
-    if before < _LOGGED <= len(self._kinds):
+    before, self._num_logged = self._num_logged, self._num_logged + len(entries)
+    if before < _LOGGED <= self._num_logged:
       logging.warning(
         "Further bad records are %s.",
         "counted only" if self.file is None else f"named in {self.file} only",
@@ -233,16 +238,18 @@ class _Writer:
     self._offset = 0  # up to which the file's entries are in `_known`
     self._has_warned = False
 
-  def append(self, entries: list[dict[str, Any]]) -> None:
+  def append(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns those of the entries that were not in the file."""
     self._pending += entries
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
       flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
       descriptor = os.open(self._path, flags, 0o644)
       try:
-        self._flush(descriptor)
+        listed = self._flush(descriptor)
       finally:
         os.close(descriptor)
+      return [entry for entry in entries if _key(entry) in listed]
     except OSError as error:
       if not self._has_warned:
         logging.warning(
@@ -251,8 +258,10 @@ class _Writer:
           error,
         )
       self._has_warned = True
+      return entries
 
-  def _flush(self, descriptor: int) -> None:
+  def _flush(self, descriptor: int) -> set[tuple]:
+    """Writes what is pending; returns the keys that the file lacked."""
     if fcntl is not None:
       # Some network file systems know no locks; there, a line may be torn or
       # listed twice, which readers bear.
@@ -261,9 +270,10 @@ class _Writer:
     size = os.fstat(descriptor).st_size
     ends_in_line = self._read_new(descriptor, size)
     new = {_key(entry): entry for entry in self._pending}
-    lines = [json.dumps(v) for k, v in new.items() if k not in self._known]
-    if lines:
-      text = ("" if ends_in_line else "\n") + "\n".join(lines) + "\n"
+    new = {k: entry for k, entry in new.items() if k not in self._known}
+    if new:
+      lines = [json.dumps(entry) + "\n" for entry in new.values()]
+      text = ("" if ends_in_line else "\n") + "".join(lines)
       data = text.encode()
       try:
         if os.write(descriptor, data) < len(data):
@@ -275,6 +285,7 @@ class _Writer:
     self._known.update(new)
     self._pending.clear()
     self._offset = size
+    return set(new)
 
   def _read_new(self, descriptor: int, size: int) -> bool:
     """Learns what others appended; whether the file ends with a whole line."""
