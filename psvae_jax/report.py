@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from psvae_jax.report_run import (
   data_phrase,
   fault_phrase,
   model_phrase,
+  phrase,
   run_section,
   wall_seconds,
 )
@@ -97,12 +97,10 @@ def _header(run: data.Run) -> str:
         ("Stages", "; ".join(_progress(stage) for stage in run.stages)),
         ("Data", data_phrase(run)),
         ("Model", model_phrase(run)),
-        ("Device", _plain(run.summary.get("device", ""))),
+        ("Device", phrase(run.summary.get("device", ""))),
         ("Wall time", format_seconds(wall["total"]) if wall else ""),
         ("Faults", fault_phrase(run)),
-        ("Command", _plain(run.summary.get("command", ""), " ")),
         ("Last written", updated),
-        ("Versions", _plain(run.summary.get("versions", ""))),
       ]
     ),
     *[page.warning(text) for text in _alarms(run)],
@@ -147,15 +145,6 @@ def _alarms(run: data.Run) -> Iterable[str]:
         names.append(f"{name} (first at step {int(bad[0]):,})")
     if names:
       yield f"Non-finite values in {stage.title}: {', '.join(names)}."
-
-
-def _plain(value: Any, separator: str = ", ") -> str:
-  """Returns a mapping or list as a phrase."""
-  if isinstance(value, dict):
-    return separator.join(f"{name} {item}" for name, item in value.items())
-  if isinstance(value, list):
-    return separator.join(map(str, value))
-  return str(value)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from psvae_jax.report_metrics import (
 
 # Drawn dashed in the chart of another: metric → (that other, its title there).
 _JOINED = {
-  "train/logits_fake": ("train/logits_real", "Logits, real and fake (dashed)")
+  "train/logits_fake": ("train/logits_real", "Logits: real, fake (dashed)")
 }
 _ADVERSARIAL = (
   "loss_generator",

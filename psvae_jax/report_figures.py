@@ -27,6 +27,7 @@ _VARIABLES = {
 }
 
 _SIZE_INCHES = (4.0, 2.1)
+_SMALL_INCHES = (3.1, 1.8)  # shown smaller, so with larger letters
 _MAX_POINTS = 600
 _MARKER_POINTS = 24  # few enough that each deserves a dot
 
@@ -93,7 +94,7 @@ def bars_svg(
     color: index of the stage's colour.
     limits: range of the value axis; what the values need by default.
   """
-  figure, axes = _new_axes()
+  figure, axes = _new_axes(size=_SMALL_INCHES)
   finite = np.where(np.isfinite(values), values, 0.0)
   axes.bar(np.arange(len(values)), finite, width=0.8, color=_SERIES[color])
   axes.set_ylim(*(limits or bar_limits([values])))
@@ -137,12 +138,14 @@ def _ticker():
   return matplotlib.ticker
 
 
-def _new_axes(percent: bool = False):
+def _new_axes(percent: bool = False, size: tuple[float, float] = _SIZE_INCHES):
   """Returns an empty figure and its axes, without global matplotlib state."""
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=_SIZE_INCHES)
-  figure.subplots_adjust(left=0.14, right=0.985, bottom=0.12, top=0.95)
+  figure = Figure(figsize=size)
+  # Room for the labels, which do not grow with the figure.
+  left, bottom = 0.56 / size[0], 0.25 / size[1]
+  figure.subplots_adjust(left=left, right=0.985, bottom=bottom, top=0.95)
   axes = figure.add_subplot()
   for side in ("top", "right", "left"):
     axes.spines[side].set_visible(False)

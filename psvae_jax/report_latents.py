@@ -121,7 +121,7 @@ def _strips(stage: Stage, arrays: dict[str, np.ndarray]) -> Sequence[str]:
   for index in range(count):
     of = texts[index] or f"image {index + 1}"
     address = data_uri(original[index], _ORIGINAL_SIDE)
-    columns = [page.Column([(address, f"original: {of}")], "image")]
+    columns = [page.Column([(address, f"original: {of}")], "")]
     for number, levels in zip(
       numbers, np.moveaxis(latent[index], -1, 0), strict=False
     ):

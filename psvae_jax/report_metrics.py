@@ -109,7 +109,7 @@ METRICS: dict[str, Metric] = {
   "loss_discriminator": Metric("Discriminator loss"),
   "logits_real": Metric("Discriminator’s logits, real"),
   "logits_fake": Metric("Discriminator’s logits, fake"),
-  "gan_weight": Metric("Weight of the adversarial term, λ × weight"),
+  "gan_weight": Metric("Adversarial weight, × λ"),
   "skipped_steps": Metric("Skipped steps"),
   "images_per_second": Metric("Images per second", "", "higher", ".4g"),
   "steps_per_second": Metric("Steps per second", "", "higher", ".3g"),

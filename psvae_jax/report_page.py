@@ -38,7 +38,7 @@ def section(name: str, title: str, html: str) -> str:
 
 
 def note(value: str) -> str:
-  return f'<p class="note">{text(value)}</p>'
+  return f'<p class="note">{text(value)}</p>' if value else ""
 
 
 def warning(value: str) -> str:
@@ -193,4 +193,5 @@ def details(title: str, html: str) -> str:
 
 
 def preformatted(value: str) -> str:
-  return f"<pre>{text(value)}</pre>"
+  """Returns a box that scrolls sideways; "" without content."""
+  return f"<pre>{text(value)}</pre>" if value else ""

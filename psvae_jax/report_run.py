@@ -29,7 +29,11 @@ def run_section(run: Run) -> str:
     ("Time", _timings(run)),
     ("Faults", _faults(run)),
   ]
-  html = [f"<h3>{title}</h3>{part}" for title, part in parts if part]
+  html = [
+    page.preformatted(phrase(run.summary.get("command", ""), " ")),
+    *(f"<h3>{title}</h3>{part}" for title, part in parts if part),
+  ]
+  html.append(page.note(phrase(run.summary.get("versions", ""))))
   if run.config:
     text = json.dumps(run.config, indent=2, ensure_ascii=False)
     html.append(
@@ -37,7 +41,16 @@ def run_section(run: Run) -> str:
         "Resolved configuration of the last job", page.preformatted(text)
       )
     )
-  return "\n".join(html)
+  return "\n".join(filter(None, html))
+
+
+def phrase(value: Any, separator: str = ", ") -> str:
+  """A mapping, list or anything else in one line."""
+  if isinstance(value, Mapping):
+    return separator.join(f"{name} {item}" for name, item in value.items())
+  if isinstance(value, list):
+    return separator.join(map(str, value))
+  return str(value)
 
 
 def data_phrase(run: Run) -> str:
@@ -155,54 +168,48 @@ def _adversary(stage: Stage) -> str:
 
 
 def _timings(run: Run) -> str:
-  """Wall time by stage, what of it was not training, and throughput."""
+  """Wall time, what of it was not training, and throughput, by stage."""
   wall = wall_seconds(run)
-  spent = {
-    stage.name: {
-      kind: seconds
-      for kind, seconds in _mapping(
-        _mapping(run.summary, "timings"), stage.name
-      ).items()
-      if is_number(seconds)
-    }
-    for stage in run.stages
-  }
-  kinds = list(dict.fromkeys(k for kinds in spent.values() for k in kinds))
-  rows = []
+  all_spent = _mapping(run.summary, "timings")
+  columns: dict[str, dict[str, str]] = {}
   for stage in run.stages:
+    seconds = wall.get(stage.name)
+    cells = {} if seconds is None else {"Wall time": format_seconds(seconds)}
+    for kind, part in _mapping(all_spent, stage.name).items():
+      if is_number(part):
+        name = f"of it {str(kind).replace('_', ' ')}"
+        cells[name] = _share(part, seconds)
     _, rates = stage.series("perf/images_per_second")
     rates = rates[np.isfinite(rates)]
-    seconds = wall.get(stage.name)
-    if seconds is None and not len(rates):
-      continue
-    cells = [
-      _MISSING if seconds is None else format_seconds(seconds),
-      *[_share(spent[stage.name].get(kind), seconds) for kind in kinds],
-      f"{stage.last_step:,}",
-      f"{np.median(rates):.4g}" if len(rates) else _MISSING,
-    ]
-    rows.append(((stage.title, ""), [(cell, False) for cell in cells]))
+    if len(rates):
+      cells["Images/s, median"] = f"{np.median(rates):.4g}"
+    if cells:
+      columns[stage.title] = cells
   known = {stage.name for stage in run.stages} | {"total"}
-  extra = [(name, v) for name, v in wall.items() if name not in known]
+  for name, seconds in wall.items():
+    if name not in known:
+      columns[name] = {"Wall time": format_seconds(seconds)}
   if "total" in wall:
-    extra.append(("In all", wall["total"]))
-  for name, seconds in extra:
-    cells = [format_seconds(seconds), *[""] * (len(kinds) + 2)]
-    rows.append(((name, ""), [(cell, False) for cell in cells]))
-  if not rows:
+    columns["In all"] = {"Wall time": format_seconds(wall["total"])}
+  if not columns:
     return ""
-  head = ["", "Wall time"]
-  head += [kind.replace("_", " ").capitalize() for kind in kinds]
-  head += ["Steps", "Images/s, median"]
-  return page.table([(cell, "") for cell in head], rows) + page.note(
+  # Stages may differ in what they have; "of it" stays below the wall time.
+  names = dict.fromkeys(name for cells in columns.values() for name in cells)
+  first = [n for n in names if n == "Wall time"]
+  last = [n for n in names if n == "Images/s, median"]
+  names = first + [n for n in names if n not in first + last] + last
+  rows = [
+    ((name, ""), [(cells.get(name, ""), False) for cells in columns.values()])
+    for name in names
+  ]
+  head = [("", ""), *((title, "") for title in columns)]
+  return page.table(head, rows) + page.note(
     "Wall time includes compilation and evaluation, and adds up over"
     " restarts; images/s is training alone."
   )
 
 
-def _share(seconds: float | None, whole: float | None) -> str:
-  if seconds is None:
-    return _MISSING
+def _share(seconds: float, whole: float | None) -> str:
   words = format_seconds(seconds)
   return f"{words} ({100 * seconds / whole:.0f} %)" if whole else words
 

@@ -86,7 +86,7 @@ td.wrap { min-width: 9rem; white-space: normal; overflow-wrap: anywhere; }
 .card { margin: 0; min-width: 0; }
 .card figcaption { margin-bottom: 0.35rem; font-size: 0.85rem; }
 .strip { display: grid; grid-auto-flow: column; gap: 0.4rem; overflow-x: auto;
-  grid-auto-columns: minmax(2.25rem, 1fr); }
+  grid-auto-columns: minmax(1.9rem, 1fr); }
 .strip > div { min-width: 0; font-size: 0.75rem; line-height: 1.35; }
 .strip img { display: block; width: 100%; height: auto; border-radius: 3px;
   margin-bottom: 0.3rem; background: var(--rule); }
@@ -106,8 +106,10 @@ pre { overflow-x: auto; margin: 0.75rem 0; padding: 0.9rem 1rem;
   th, td { padding-left: 0.7rem; }
   tbody th { white-space: normal; }
   td.wrap { min-width: 6rem; }
+  .tiles { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
   .tile b { font-size: 1.45rem; }
   .strip { gap: 0.25rem; }
   .panels { gap: 1.25rem; }
+  .panels.four { grid-template-columns: 1fr 1fr; }
 }
 """

@@ -179,7 +179,7 @@ def test_an_adversarial_run_has_what_belongs_to_it(tmp_path):
     "configs/psvae.py",
     "scenes, 48 × 48",
     "0.25 × λ, from step 40 (decoder from 45)",
-    "Logits, real and fake (dashed)",
+    "Logits: real, fake (dashed)",
     "0.5 · −1.1",
     "2 unusable records left out of the data",
     "2 non-finite steps of PS-VAE skipped",

@@ -64,7 +64,7 @@ def test_everything_shows_and_nothing_overflows(tab, report, width):
   assert [p["alt"] for p in pictures if not p["width"] or not p["height"]] == []
   assert [p["alt"] for p in pictures if p["shown"] < 20] == []
   drawings = tab.evaluate(_DRAWINGS)
-  assert drawings and min(drawings) > 150
+  assert drawings and min(drawings) > 120
   assert tab.evaluate("document.documentElement.scrollWidth") <= width
   assert tab.evaluate(_OUTSIDE) == []
   assert tab.evaluate(_OVERLAPS) == []
