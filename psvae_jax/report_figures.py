@@ -27,7 +27,8 @@ _VARIABLES = {
 }
 
 _SIZE_INCHES = (4.0, 2.1)
-_SMALL_INCHES = (3.1, 1.8)  # shown smaller, so with larger letters
+_SMALL_INCHES = (3.1, 1.8)  # for two a row on a phone
+_LETTERS, _SMALL_LETTERS = 9, 12  # points, before the page scales the figure
 _MAX_POINTS = 600
 _MARKER_POINTS = 24  # few enough that each deserves a dot
 
@@ -94,7 +95,7 @@ def bars_svg(
     color: index of the stage's colour.
     limits: range of the value axis; what the values need by default.
   """
-  figure, axes = _new_axes(size=_SMALL_INCHES)
+  figure, axes = _new_axes(small=True)
   finite = np.where(np.isfinite(values), values, 0.0)
   axes.bar(np.arange(len(values)), finite, width=0.8, color=_SERIES[color])
   axes.set_ylim(*(limits or bar_limits([values])))
@@ -138,13 +139,15 @@ def _ticker():
   return matplotlib.ticker
 
 
-def _new_axes(percent: bool = False, size: tuple[float, float] = _SIZE_INCHES):
+def _new_axes(percent: bool = False, *, small: bool = False):
   """Returns an empty figure and its axes, without global matplotlib state."""
   from matplotlib.figure import Figure
 
+  size = _SMALL_INCHES if small else _SIZE_INCHES
+  letters = _SMALL_LETTERS if small else _LETTERS
   figure = Figure(figsize=size)
   # Room for the labels, which do not grow with the figure.
-  left, bottom = 0.56 / size[0], 0.25 / size[1]
+  left, bottom = 0.062 * letters / size[0], 0.028 * letters / size[1]
   figure.subplots_adjust(left=left, right=0.985, bottom=bottom, top=0.95)
   axes = figure.add_subplot()
   for side in ("top", "right", "left"):
@@ -152,11 +155,13 @@ def _new_axes(percent: bool = False, size: tuple[float, float] = _SIZE_INCHES):
   axes.spines["bottom"].set_color(_RULE)
   axes.grid(axis="y", color=_RULE, linewidth=0.8)
   axes.set_axisbelow(True)
-  axes.tick_params(length=0, labelsize=9, labelcolor=_INK, pad=4)
+  axes.tick_params(length=0, labelsize=letters, labelcolor=_INK, pad=4)
   axes.margins(x=0.02, y=0.1)
-  axes.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
+  axes.xaxis.set_major_locator(
+    _ticker().MaxNLocator(4 if small else 5, integer=True)
+  )
   axes.xaxis.set_major_formatter(lambda value, _: _tick(value))
-  axes.yaxis.set_major_locator(_ticker().MaxNLocator(4))
+  axes.yaxis.set_major_locator(_ticker().MaxNLocator(3 if small else 4))
   axes.yaxis.set_major_formatter(
     lambda value, _: f"{_tick(100 * value)} %" if percent else _tick(value)
   )

@@ -19,7 +19,7 @@ from psvae_jax.report_tables import latents_table
 _TITLES = {
   "mean": "Mean of μ",
   "std": "Std of μ",
-  "variance": "Posterior variance σ²",
+  "variance": "Variance σ²",
   "kl": "KL",
 }
 _MAX_IMAGES = 2

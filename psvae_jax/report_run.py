@@ -33,7 +33,8 @@ def run_section(run: Run) -> str:
     page.preformatted(phrase(run.summary.get("command", ""), " ")),
     *(f"<h3>{title}</h3>{part}" for title, part in parts if part),
   ]
-  html.append(page.note(phrase(run.summary.get("versions", ""))))
+  if versions := phrase(run.summary.get("versions", "")):
+    html.append(page.note(f"Versions: {versions}."))
   if run.config:
     text = json.dumps(run.config, indent=2, ensure_ascii=False)
     html.append(
@@ -119,7 +120,7 @@ def _settings(run: Run) -> str:
     ("Batch size", [_batch(s) for s in stages]),
     ("Optimizer", [_optimizer(s, "optim") for s in stages]),
     ("Loss weights", [_weights(s.config, _WEIGHTS) for s in stages]),
-    ("in the pixel loss", [_weights(s.config, _PIXEL_WEIGHTS) for s in stages]),
+    ("Pixel loss", [_weights(s.config, _PIXEL_WEIGHTS) for s in stages]),
     ("Adversarial term", [_adversary(s) for s in stages]),
   ]
   body = [
@@ -177,8 +178,7 @@ def _timings(run: Run) -> str:
     cells = {} if seconds is None else {"Wall time": format_seconds(seconds)}
     for kind, part in _mapping(all_spent, stage.name).items():
       if is_number(part):
-        name = f"of it {str(kind).replace('_', ' ')}"
-        cells[name] = _share(part, seconds)
+        cells[str(kind).replace("_", " ").capitalize()] = _share(part, seconds)
     _, rates = stage.series("perf/images_per_second")
     rates = rates[np.isfinite(rates)]
     if len(rates):
@@ -193,7 +193,7 @@ def _timings(run: Run) -> str:
     columns["In all"] = {"Wall time": format_seconds(wall["total"])}
   if not columns:
     return ""
-  # Stages may differ in what they have; "of it" stays below the wall time.
+  # Stages may differ in what they have; parts stand below the wall time.
   names = dict.fromkeys(name for cells in columns.values() for name in cells)
   first = [n for n in names if n == "Wall time"]
   last = [n for n in names if n == "Images/s, median"]

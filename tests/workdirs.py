@@ -1,5 +1,6 @@
-"""Workdirs as jobs leave them, for tests of the report."""
+"""Workdirs as jobs leave them, and the pages made of them."""
 
+import html.parser
 import json
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import numpy as np
 
 from psvae_jax import writers
+from psvae_jax.report import write_report
 
 CHANNELS = 5
 NUM_IMAGES = 3
+
+_VOID = {"meta", "img", "use", "br"}
 
 
 def add_stage(
@@ -161,3 +165,42 @@ def _adversarial_metrics(step: int) -> dict[str, float]:
     "train/gan_weight": 0.0125,
     "train/skipped_steps": 2.0,
   }
+
+
+class Page(html.parser.HTMLParser):
+  """Parses strictly: what is opened is closed, in order."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.stack, self.tags, self.attributes = [], [], []
+    self.words, self.ids = [], []
+    self.feed(text)
+    assert not self.stack
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag == "section":
+      self.ids.append(dict(attrs)["id"])
+    if tag not in _VOID:
+      self.stack.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+
+  def handle_endtag(self, tag):
+    if tag not in _VOID:
+      assert self.stack.pop() == tag
+
+  def handle_data(self, data):
+    if self.stack and self.stack[-1] != "style":
+      self.words.append(data)
+
+  @property
+  def text(self):
+    return " ".join(self.words)
+
+
+def page_of(workdir):
+  return Page(write_report(workdir).read_text(encoding="utf-8"))
