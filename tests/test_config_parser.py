@@ -338,7 +338,7 @@ def test_a_stage_left_out_is_still_checked():
 
 
 VARIANTS = {
-  "psvae.py": ("", "photos", "bundled"),
+  "psvae.py": ("", "gan", "photos", "bundled", "base", "large"),
   "encoder.py": ("",),
 }
 
