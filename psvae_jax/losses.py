@@ -1,7 +1,7 @@
 """Autoencoder losses as pure functions of arrays, computed in float32.
 
 Every function returns unweighted scalars; weights belong to the config.
-Adversarial and LPIPS terms live with their networks.
+The networks that some of them compare with live elsewhere.
 """
 
 import jax
@@ -116,6 +116,47 @@ def multiscale_gradient_loss(
     total += jnp.mean(jnp.abs(error[:, 1:] - error[:, :-1]))
     total += jnp.mean(jnp.abs(error[:, :, 1:] - error[:, :, :-1]))
   return total / scales
+
+
+def generator_loss(fake_logits: jax.Array) -> jax.Array:
+  """Adversarial loss of the decoder: −mean of the logits of its images."""
+  return -jnp.mean(fake_logits.astype(wide(fake_logits.dtype)))
+
+
+def hinge_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+  """Hinge loss of the discriminator, ½(E[(1 − D(x))₊] + E[(1 + D(x̂))₊]).
+
+  The ½ is LDM's and RAE's; only the discriminator's own optimizer sees it.
+
+  Args:
+    real_logits: of data, any shape with every example weighing alike.
+    fake_logits: of reconstructions.
+  """
+  real = real_logits.astype(wide(real_logits.dtype))
+  fake = fake_logits.astype(wide(fake_logits.dtype))
+  real_term = jnp.mean(jax.nn.relu(1.0 - real))
+  return 0.5 * (real_term + jnp.mean(jax.nn.relu(1.0 + fake)))
+
+
+def adaptive_weight(
+  pixel_grad: jax.Array, generator_grad: jax.Array
+) -> jax.Array:
+  """λ = ‖∇ pixel‖ / (‖∇ gan‖ + 1e-4), at most 1e4 (taming, arXiv 2012.09841).
+
+  Args:
+    pixel_grad: gradient of the rest of the pixel loss at the decoder's last
+      kernel, over the global batch.
+    generator_grad: gradient of `generator_loss` at the same kernel.
+
+  Returns:
+    A scalar that carries no gradient.
+  """
+  pixel_norm, norm = (
+    jnp.sqrt(jnp.sum(jnp.square(g.astype(wide(g.dtype)))))
+    for g in (pixel_grad, generator_grad)
+  )
+  weight = jnp.clip(pixel_norm / (norm + 1e-4), 0.0, 1e4)
+  return jax.lax.stop_gradient(weight)
 
 
 def _pair(pred: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:

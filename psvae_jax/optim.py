@@ -1,9 +1,11 @@
 """Optimizers: one chain a module, so that modules never rescale each other."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from psvae_jax.config import OptimConfig
@@ -93,33 +95,64 @@ def _module_chain(
   return optax.chain(*parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedModule:
+  """How one module of a task is trained.
+
+  Attributes:
+    optim: optimizer section of the config.
+    multiplier: factor on its learning rates.
+    start: step before which the module and its optimizer do not change; the
+      schedule begins there.
+    ema: whether a moving average of its parameters is kept.
+  """
+
+  optim: OptimConfig
+  multiplier: float = 1.0
+  start: int = 0
+  ema: bool = True
+
+
 def make_optimizer(
-  config: OptimConfig, steps: int, multipliers: Mapping[str, float]
-) -> optax.GradientTransformation:
+  modules: Mapping[str, TrainedModule], steps: int
+) -> optax.GradientTransformationExtraArgs:
   """Optimizer over a dict of modules; its state is a dict of the same names.
 
   Args:
-    config: optimizer section of the stage.
-    steps: length of the schedule.
-    multipliers: module name → factor on its learning rate.
+    modules: what trains, and how.
+    steps: length of the stage; a module's schedule runs from its start to it.
 
   Returns:
     A transformation whose updates of one module depend on that module alone.
+    `update` takes the number of steps done as the keyword `step`.
   """
   chains = {
-    name: _module_chain(config, steps, multiplier)
-    for name, multiplier in multipliers.items()
+    name: _module_chain(m.optim, max(steps - m.start, 1), m.multiplier)
+    for name, m in modules.items()
   }
 
   def init(params):
     return {name: chains[name].init(params[name]) for name in params}
 
-  def update(grads, state, params=None):
+  def update_module(name, grads, state, params, step):
+    def update(grads, state, params):
+      return chains[name].update(grads, state, params)
+
+    def hold(grads, state, params):
+      del params
+      return jax.tree.map(jnp.zeros_like, grads), state
+
+    start = modules[name].start
+    if not start:
+      return update(grads, state, params)
+    return jax.lax.cond(step >= start, update, hold, grads, state, params)
+
+  def update(grads, state, params=None, *, step):
     updates, new_state = {}, {}
     for name in grads:
-      updates[name], new_state[name] = chains[name].update(
-        grads[name], state[name], params[name]
+      updates[name], new_state[name] = update_module(
+        name, grads[name], state[name], params[name], step
       )
     return updates, new_state
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -7,10 +7,11 @@ moments and the EMA repeat the parameter's path, so the same table covers them.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -102,13 +103,27 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
-  """Raises ConfigError if a global batch does not divide over the mesh."""
+def check_batch(
+  batch_size: int, mesh: Mesh, field: str, accumulate: int = 1
+) -> None:
+  """Checks that every micro-batch of a global batch divides over the mesh.
+
+  Args:
+    batch_size: examples of a step.
+    mesh: where they are spread.
+    field: the batch size's name in the config.
+    accumulate: micro-batches the batch is cut into.
+
+  Raises:
+    ConfigError: it does not divide; the message names a size that would.
+  """
   shards = batch_shards(mesh)
-  if batch_size % shards:
-    near = max(shards, batch_size // shards * shards)
+  unit = shards * accumulate
+  if batch_size % unit:
+    near = max(unit, batch_size // unit * unit)
+    parts = f"{accumulate} micro-batches on " if accumulate > 1 else ""
     raise ConfigError(
-      f"config.{field}={batch_size} does not divide over the "
+      f"config.{field}={batch_size} does not divide over {parts}the "
       f"{shards} shards of mesh axes data × fsdp; {near} would"
     )
 
@@ -147,3 +162,38 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def split_batch(tree: Any, count: int) -> Any:
+  """A batch → `count` equal micro-batches: (B, …) → (count, B / count, …).
+
+  Micro-batch i takes the rows i, i + count, …: every device then keeps the
+  rows it has, where contiguous micro-batches would move them all.
+  """
+
+  def one(x):
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(x, None, BATCH_AXES)
+
+  return jax.tree.map(one, tree)
+
+
+def mean_over(function: Callable, parts: Any) -> Any:
+  """Mean of `function` over micro-batches, one after another.
+
+  Args:
+    function: micro-batch → tree of floating point arrays that are means over
+      its examples (losses, their gradients).
+    parts: what `split_batch` returns.
+  """
+  count = jax.tree.leaves(parts)[0].shape[0]
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)
+  )
+
+  def body(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  total, _ = jax.lax.scan(body, zeros, parts)
+  return jax.tree.map(lambda x: x / count, total)

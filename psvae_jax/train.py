@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from psvae_jax import checkpoint as ckpt
+from psvae_jax import guard as guard_lib
 from psvae_jax import sharding, train_state
 from psvae_jax.config import STAGES, Config
 from psvae_jax.data import pipeline, sources
@@ -36,25 +37,35 @@ class StageResult:
   state: TrainState
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, ema: float):
-  """Builds `train_step(state, frozen, batch, rng) -> (state, metrics)`."""
+def make_train_step(
+  task: Task, tx: optax.GradientTransformationExtraArgs, ema: float
+):
+  """Builds `train_step(state, frozen, batch, rng) -> (state, metrics, flags)`.
+
+  A step whose loss, gradients or updates are not all finite leaves the state
+  as it was, but for the step counter; `flags` says which (`guard.check`).
+  """
 
   def train_step(state, frozen, batch, rng):
     # Nothing random is saved: the stream of a step follows from its number.
     rng = jax.random.fold_in(rng, state.step)
-    grads, metrics = task.gradients(state.params, frozen, batch, rng)
-    new_state, updates = train_state.apply_gradients(state, grads, tx, ema)
+    grads, model_state, metrics = task.gradients(state, frozen, batch, rng)
+    new_state, updates = train_state.apply_gradients(
+      state, grads, model_state, tx, ema
+    )
     for name in grads:
       metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
       metrics[f"update_norm/{name}"] = optax.global_norm(updates[name])
-    return new_state, {f"train/{k}": v for k, v in metrics.items()}
+    metrics = {f"train/{k}": v for k, v in metrics.items()}
+    finite, flags = guard_lib.check(metrics)
+    return train_state.skip(state, new_state, finite), metrics, flags
 
   return train_step
 
 
 def init_state(
   task: Task,
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformationExtraArgs,
   frozen: Any,
   mesh: Mesh,
   rng: jax.Array,
@@ -63,34 +74,42 @@ def init_state(
   """Fresh state of a stage, created sharded, bridged from the stage before."""
   abstract = jax.eval_shape(task.init, rng, frozen)
   shardings = sharding.infer_sharding(abstract, mesh)
-  params = jax.jit(task.init, out_shardings=shardings)(rng, frozen)
+  params, model_state = jax.jit(task.init, out_shardings=shardings)(rng, frozen)
   if task.bridge is not None:
-    earlier, modules = task.bridge
     wanted = jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-      abstract,
-      shardings,
+      abstract[0],
+      shardings[0],
     )
     restored = ckpt.restore_ema(
-      workdir / earlier / "checkpoints", wanted, modules, task.fingerprint
+      workdir / task.bridge.stage / "checkpoints",
+      wanted,
+      task.bridge.averaged,
+      task.fingerprint,
+      raw_modules=task.bridge.trained,
+      description=task.description,
     )
     params = {**params, **restored}
 
-  def create(params):
-    return train_state.create(params, tx)
+  def create(params, model_state):
+    return train_state.create(params, model_state, tx, task.modules)
 
-  out = sharding.infer_sharding(jax.eval_shape(create, params), mesh)
+  shapes = jax.eval_shape(create, params, model_state)
+  out = sharding.infer_sharding(shapes, mesh)
   # Not donated: jit would hand `params` through and alias it with the EMA.
-  return jax.jit(create, out_shardings=out)(params)
+  return jax.jit(create, out_shardings=out)(params, model_state)
 
 
 def abstract_state(
-  task: Task, tx: optax.GradientTransformation, frozen: Any, mesh: Mesh
+  task: Task,
+  tx: optax.GradientTransformationExtraArgs,
+  frozen: Any,
+  mesh: Mesh,
 ) -> TrainState:
   """Shapes, dtypes and shardings of a state: the target of a restore."""
 
   def create(rng, frozen):
-    return train_state.create(task.init(rng, frozen), tx)
+    return train_state.create(*task.init(rng, frozen), tx, task.modules)
 
   shapes = jax.eval_shape(create, jax.random.key(0), frozen)
   return jax.tree.map(
@@ -106,11 +125,15 @@ def note(message: str) -> None:
     print(message, flush=True)
 
 
-def make_train_iterator(task: Task, config: Config, stage: str) -> Any:
+def make_train_iterator(
+  task: Task, config: Config, stage: str, workdir: Path
+) -> Any:
   """This host's part of the training batches of `stage`, checkpointable."""
   section = config.sections[stage]
   return pipeline.train_iterator(
-    sources.make_source(config.data, "train", task.image_size),
+    sources.make_source(
+      config.data, "train", task.image_size, quarantine_file(workdir)
+    ),
     image_size=task.image_size,
     batch_size=section.train.batch_size,
     # Stages see different orders of the same data, whichever are run.
@@ -123,6 +146,11 @@ def make_train_iterator(task: Task, config: Config, stage: str) -> Any:
     process_count=jax.process_count(),
     transform=task.example_transform(),
   )
+
+
+def quarantine_file(workdir: Path) -> Path:
+  """Where the records that cannot be read are named."""
+  return Path(workdir) / "quarantine.jsonl"
 
 
 def check_data(task: Task, config: Config) -> None:
@@ -149,7 +177,7 @@ def is_finished(task: Task, config: Config, workdir: Path) -> bool:
   folder = workdir / task.name / "checkpoints"
   if not ckpt.has_checkpoint(folder):
     return False
-  step = ckpt.checked_latest_step(folder, task.fingerprint)
+  step = ckpt.checked_latest_step(folder, task.fingerprint, task.description)
   finished = step >= config.sections[task.name].train.steps
   return finished and task.name in read_summary(workdir)
 
@@ -169,130 +197,174 @@ def run_stage(
     Final figures, and the state.
 
   Raises:
-    FloatingPointError: the loss is not finite.
+    NonFiniteError: too many steps in a row were skipped; the state is saved.
     CheckpointError: the workdir holds another model's checkpoints.
   """
-  started = time.monotonic()
-  section = config.sections[task.name]
-  steps, batch_size = section.train.steps, section.train.batch_size
-  sharding.check_batch(batch_size, mesh, f"{task.name}.train.batch_size")
-  folder = workdir / task.name
+  train = config.sections[task.name].train
+  batch_field = f"{task.name}.train.batch_size"
+  sharding.check_batch(train.batch_size, mesh, batch_field, train.accumulate)
   with jax.set_mesh(mesh):
-    frozen = sharding.put_tree(task.frozen, mesh)
-    tx = make_optimizer(section.optim, steps, task.multipliers)
+    run = _Run(task, config, mesh, Path(workdir))
+    with run.writer, run.progress:
+      run.train()
+      return run.finish()
+
+
+class _Run:
+  """One stage in progress: everything `train` and `finish` share."""
+
+  def __init__(
+    self, task: Task, config: Config, mesh: Mesh, workdir: Path
+  ) -> None:
+    """Builds or restores the state, the data position and the jitted step."""
+    self.started = time.monotonic()
+    self.task, self.config, self.mesh, self.workdir = (
+      task,
+      config,
+      mesh,
+      workdir,
+    )
+    section = config.sections[task.name]
+    self.settings = section.train
+    folder, chief = workdir / task.name, jax.process_index() == 0
+    self.frozen = sharding.put_tree(task.frozen, mesh)
+    tx = make_optimizer(task.modules, self.settings.steps)
     # Streams by name: stage, then what the stage draws for.
     root = jax.random.fold_in(
       jax.random.key(config.seed), _stage_index(task.name)
     )
     init_rng, rng = jax.random.split(root)
-    rng = jax.device_put(rng, sharding.replicated(mesh))
-    iterator = make_train_iterator(task, config, task.name)
-    checkpointer = ckpt.Checkpointer(
-      folder / "checkpoints", config.checkpoint, task.fingerprint
+    self.rng = jax.device_put(rng, sharding.replicated(mesh))
+    self.iterator = make_train_iterator(task, config, task.name, workdir)
+    self.checkpointer = ckpt.Checkpointer(
+      folder / "checkpoints",
+      config.checkpoint,
+      task.fingerprint,
+      description=task.description,
     )
-    restored = checkpointer.restore(
-      abstract_state(task, tx, frozen, mesh), iterator
+    restored = self.checkpointer.restore(
+      abstract_state(task, tx, self.frozen, mesh), self.iterator
     )
-    step, spent = 0, 0.0
+    self.step, self.spent, skipped = 0, 0.0, 0
     if restored is None:
-      state = init_state(task, tx, frozen, mesh, init_rng, workdir)
+      self.state = init_state(task, tx, self.frozen, mesh, init_rng, workdir)
     else:
-      state, metadata = restored
-      step, spent = metadata["step"], metadata["wall_seconds"]
-      note(f"{task.name}: resumed at step {step} of {steps}")
-
-    def wall_seconds():
-      return spent + time.monotonic() - started
-
-    train_step = jax.jit(
-      make_train_step(task, tx, section.train.ema),
+      self.state, metadata = restored
+      self.step, self.spent = metadata["step"], metadata["wall_seconds"]
+      skipped = metadata.get("skipped_steps", 0)
+      note(f"{task.name}: resumed at step {self.step} of {self.settings.steps}")
+    replicated = sharding.replicated(mesh)
+    self.train_step = jax.jit(
+      make_train_step(task, tx, self.settings.ema),
       donate_argnums=0,
       out_shardings=(
-        jax.tree.map(lambda x: x.sharding, state),
-        sharding.replicated(mesh),
+        jax.tree.map(lambda x: x.sharding, self.state),
+        replicated,
+        replicated,
       ),
     )
-    context = EvalContext(mesh, folder if jax.process_index() == 0 else None)
-    writer = MetricWriter(
-      folder, start_step=step, enabled=jax.process_index() == 0
+    self.context = EvalContext(mesh, folder if chief else None)
+    self.writer = MetricWriter(folder, start_step=self.step, enabled=chief)
+    self.guard = guard_lib.Guard(
+      folder if chief else None, config.guard.max_skipped, skipped, self.step
     )
-    latest = pending = None
-    with (
-      writer,
-      Progress(
-        task.name,
-        steps,
-        start=step,
-        images_per_step=batch_size,
-        enabled=jax.process_index() == 0,
-      ) as progress,
-    ):
-      while True:
-        # ORDER MATTERS: save → next(batch) → step. A batch drawn before the
-        # save would be lost on resume.
-        last = step >= steps
-        if last or (step and checkpointer.due(step)):
-          # A line of metrics must not be younger than its checkpoint, and a
-          # diverged state must not push out the good ones.
-          pending = _log(pending, writer, progress)
-          _check_finite(latest)
-          checkpointer.save(
-            step, state, iterator, {"wall_seconds": wall_seconds()}
-          )
-        if last:
-          break
-        batch = sharding.put_batch(next(iterator), mesh)
-        with jax.transfer_guard("disallow"):
-          state, metrics = train_step(state, frozen, batch, rng)
-        step += 1
-        # The step just dispatched runs while the one before it is read.
-        pending = _log(pending, writer, progress)
-        latest = (step, metrics)
-        if step % section.train.log_every == 0 or step == steps:
-          pending = latest
-        progress.advance(step)
-        every = config.eval.every_steps
-        if every and step % every == 0 and step < steps:
-          pending = _log(pending, writer, progress)
-          with progress.paused():
-            writer.write(step, task.evaluate(state.ema_params, frozen, context))
-      checkpointer.close()
-      with progress.paused():
-        metrics = task.evaluate(state.ema_params, frozen, context)
-        writer.write(step, metrics)
-        if jax.process_index() == 0:
-          task.export(state.ema_params, metrics, workdir)
-  return StageResult(metrics, wall_seconds(), state)
+    self.progress = Progress(
+      task.name,
+      self.settings.steps,
+      start=self.step,
+      images_per_step=self.settings.batch_size,
+      enabled=chief,
+    )
+    self.pending = None  # (step, metrics on the device) of a line to be written
 
+  def wall_seconds(self) -> float:
+    return self.spent + time.monotonic() - self.started
 
-def _values(metrics: Any) -> dict[str, float]:
-  return {k: float(np.asarray(v)) for k, v in jax.device_get(metrics).items()}
+  def train(self) -> None:
+    """Steps to the end; every line of metrics is read one step late."""
+    steps, every = self.settings.steps, self.config.eval.every_steps
+    while True:
+      # ORDER MATTERS: save → next(batch) → step. A batch drawn before the
+      # save would be lost on resume.
+      last = self.step >= steps
+      if last or (self.step and self.checkpointer.due(self.step)):
+        # A line of metrics must not be younger than its checkpoint.
+        self._log()
+        self._watch(keep=0)
+        self._save(final=last)
+      if last:
+        return
+      batch = next(self.iterator)
+      examples = batch.get("index")
+      batch = sharding.put_batch(batch, self.mesh)
+      with jax.transfer_guard("disallow"):
+        self.state, metrics, flags = self.train_step(
+          self.state, self.frozen, batch, self.rng
+        )
+      self.step += 1
+      self.guard.record(self.step, flags, sorted(metrics), examples)
+      # The step just dispatched runs while the one before it is read.
+      self._log()
+      if self.guard.due():
+        self._watch(keep=1)
+      if self.step % self.settings.log_every == 0 or self.step == steps:
+        self.pending = (self.step, metrics)
+      self.progress.advance(self.step)
+      if every and self.step % every == 0 and self.step < steps:
+        self._log()
+        with self.progress.paused("evaluating"):
+          self.writer.write(self.step, self._evaluate())
 
+  def finish(self) -> StageResult:
+    """Figures of the trained stage, and what it leaves for later ones."""
+    self.checkpointer.close()
+    with self.progress.paused("evaluating"):
+      metrics = self._evaluate()
+      metrics["train/skipped_steps"] = float(self.guard.total)
+      self.writer.write(self.step, metrics)
+      if jax.process_index() == 0:
+        self.task.export(self.state.ema_params, metrics, self.workdir)
+    return StageResult(metrics, self.wall_seconds(), self.state)
 
-def _check_finite(latest: Any) -> None:
-  """Raises FloatingPointError if a step's loss, gradient or update is not."""
-  if latest is None:
-    return
-  step, metrics = latest
-  values = _values(metrics)
-  bad = sorted(k for k, v in values.items() if not np.isfinite(v))
-  if bad:
-    raise FloatingPointError(
-      f"training diverged: at step {step} these are not finite: "
-      f"{', '.join(bad)}. The last checkpoint is from before it; lower the "
-      "learning rate, or look for bad images."
+  def _evaluate(self) -> dict[str, float]:
+    return self.task.evaluate(self.state.ema_params, self.frozen, self.context)
+
+  def _save(self, final: bool = False) -> None:
+    self.checkpointer.save(
+      self.step,
+      self.state,
+      self.iterator,
+      {
+        "wall_seconds": self.wall_seconds(),
+        "skipped_steps": self.guard.total,
+      },
     )
 
+  def _watch(self, keep: int) -> None:
+    """Names skipped steps; saves and stops where too many came in a row."""
+    for skipped in self.guard.flush(keep):
+      note(f"{self.task.name}: skipped {skipped.describe()}")
+    error = self.guard.error()
+    if error is not None:
+      self._save(final=True)
+      self.checkpointer.close()
+      raise error
 
-def _log(pending: Any, writer: MetricWriter, progress: Progress) -> None:
-  """Writes the metrics of an earlier step; stops a run that has diverged."""
-  if pending is None:
-    return None
-  step, metrics = pending
-  values = _values(metrics)
-  writer.write(
-    step, {**values, "perf/images_per_second": progress.images_per_second}
-  )
-  progress.show(values)
-  _check_finite(pending)
-  return None
+  def _log(self) -> None:
+    """Writes the metrics of an earlier step."""
+    if self.pending is None:
+      return
+    step, metrics = self.pending
+    self.pending = None
+    values = {
+      k: float(np.asarray(v)) for k, v in jax.device_get(metrics).items()
+    }
+    self.writer.write(
+      step,
+      {
+        **values,
+        "train/skipped_steps": self.guard.total,
+        "perf/images_per_second": self.progress.images_per_second,
+      },
+    )
+    self.progress.show(values)

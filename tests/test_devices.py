@@ -54,19 +54,19 @@ def trained(encoder_folder, stage, decoder, mesh_name, dtype):
 
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(cast(task.frozen), mesh)
-    params = jax.jit(task.init)(jax.random.key(0), task.frozen)
+    params, model_state = jax.jit(task.init)(jax.random.key(0), task.frozen)
     params = cast(tiny.randomise(params, scale=0.05))
-    params = sharding.put_tree(params, mesh)
-    tx = optim.make_optimizer(task.section.optim, 10, task.multipliers)
-    create = functools.partial(train_state.create, tx=tx)
-    shardings = sharding.infer_sharding(jax.eval_shape(create, params), mesh)
-    state = jax.jit(create, out_shardings=shardings)(params)
+    arrays = sharding.put_tree((params, cast(model_state)), mesh)
+    tx = optim.make_optimizer(task.modules, 10)
+    create = functools.partial(train_state.create, tx=tx, modules=task.modules)
+    shardings = sharding.infer_sharding(jax.eval_shape(create, *arrays), mesh)
+    state = jax.jit(create, out_shardings=shardings)(*arrays)
     train_step = train.make_train_step(task, tx, 0.9)
 
     @jax.jit
     def step(state, frozen, batch, rng):
       step_rng = jax.random.fold_in(rng, state.step)
-      grads, _ = task.gradients(state.params, frozen, batch, step_rng)
+      grads, *_ = task.gradients(state, frozen, batch, step_rng)
       return train_step(state, frozen, batch, rng)[0], grads
 
     rng = jax.random.key(7)
@@ -129,12 +129,10 @@ def test_parameters_are_really_sharded(encoder_folder):
 def test_optimizer_and_ema_take_the_parameters_sharding(encoder_folder):
   mesh = sharding.make_mesh(MeshConfig(fsdp=8), jax.devices())
   task = make_task(encoder_folder, "psvae")
-  tx = optim.make_optimizer(task.section.optim, 10, task.multipliers)
+  tx = optim.make_optimizer(task.modules, 10)
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
-    shapes = jax.eval_shape(
-      lambda: train_state.create(task.init(jax.random.key(0), frozen), tx)
-    )
+    shapes = train.abstract_state(task, tx, frozen, mesh)
   shardings = sharding.infer_sharding(shapes, mesh)
   wanted = jax.tree.map(lambda s: s.spec, shardings.params)
   assert jax.tree.map(lambda s: s.spec, shardings.ema_params) == wanted

@@ -31,18 +31,21 @@ def run(tx, params, steps=3, change=None):
     grads = gradients(step)
     if change is not None:
       grads = change(grads)
-    updates, state = tx.update(grads, state, params)
+    updates, state = tx.update(grads, state, params, step=step)
     params = jax.tree.map(jnp.add, params, updates)
   return params, state
 
 
-MULTIPLIERS = {"encoder": 1.0, "pixel_decoder": 1.0}
+def make_tx(config, steps=10, names=("encoder", "pixel_decoder")):
+  return optim.make_optimizer(
+    {name: optim.TrainedModule(config) for name in names}, steps
+  )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_modules_do_not_rescale_each_other(name):
   config = OptimConfig(name=name, clip=0.5, learning_rate=0.1)
-  tx = optim.make_optimizer(config, 10, MULTIPLIERS)
+  tx = make_tx(config)
 
   def scale_decoder(grads):
     decoder = jax.tree.map(lambda g: 1e3 * g, grads["pixel_decoder"])
@@ -55,19 +58,17 @@ def test_modules_do_not_rescale_each_other(name):
 
 def test_clip_is_by_the_modules_own_norm():
   config = OptimConfig(clip=0.5, learning_rate=1.0)
-  tx = optim.make_optimizer(config, 10, MULTIPLIERS)
+  tx = make_tx(config)
   params = make_params()
   grads = gradients(1)
   clipped = jax.tree.map(
     lambda g: g * 0.5 / jnp.linalg.norm(ravel(grads["encoder"])),
     grads["encoder"],
   )
-  updates, _ = tx.update(grads, tx.init(params), params)
-  loose = optim.make_optimizer(
-    OptimConfig(clip=0.0, learning_rate=1.0), 10, MULTIPLIERS
-  )
+  updates, _ = tx.update(grads, tx.init(params), params, step=0)
+  loose = make_tx(OptimConfig(clip=0.0, learning_rate=1.0))
   expected, _ = loose.update(
-    {**grads, "encoder": clipped}, loose.init(params), params
+    {**grads, "encoder": clipped}, loose.init(params), params, step=0
   )
   chex.assert_trees_all_close(
     updates["encoder"], expected["encoder"], rtol=1e-5
@@ -83,10 +84,12 @@ def test_encoder_multiplier_scales_its_update_alone():
   params, grads = make_params(), gradients(0)
   updates = []
   for multiplier in (1.0, 0.1):
-    tx = optim.make_optimizer(
-      config, 10, {"encoder": multiplier, "pixel_decoder": 1.0}
-    )
-    updates.append(tx.update(grads, tx.init(params), params)[0])
+    modules = {
+      "encoder": optim.TrainedModule(config, multiplier),
+      "pixel_decoder": optim.TrainedModule(config),
+    }
+    tx = optim.make_optimizer(modules, 10)
+    updates.append(tx.update(grads, tx.init(params), params, step=0)[0])
   chex.assert_trees_all_close(
     updates[1]["encoder"],
     jax.tree.map(lambda x: 0.1 * x, updates[0]["encoder"]),
@@ -106,7 +109,7 @@ def test_adamw_equals_torch():
     clip=0.0,
     b2=0.95,
   )
-  tx = optim.make_optimizer(config, 20, {"encoder": 1.0})
+  tx = make_tx(config, 20, ("encoder",))
   params = {"encoder": make_params()["encoder"]}
   kernel, bias = (
     torch.tensor(np.array(params["encoder"]["dense"][k]), requires_grad=True)
@@ -123,7 +126,7 @@ def test_adamw_equals_torch():
   state = tx.init(params)
   for step in range(20):
     grads = {"encoder": gradients(step)["encoder"]}
-    updates, state = tx.update(grads, state, params)
+    updates, state = tx.update(grads, state, params, step=step)
     params = jax.tree.map(jnp.add, params, updates)
     for tensor, name in ((kernel, "kernel"), (bias, "bias")):
       tensor.grad = torch.tensor(np.array(grads["encoder"]["dense"][name]))
@@ -137,9 +140,9 @@ def test_muon_orthogonalises_every_matrix_of_a_stack():
   config = OptimConfig(
     name="muon", learning_rate=1.0, schedule="constant", clip=0.0
   )
-  tx = optim.make_optimizer(config, 10, MULTIPLIERS)
+  tx = make_tx(config)
   params = make_params()
-  updates, _ = tx.update(gradients(0), tx.init(params), params)
+  updates, _ = tx.update(gradients(0), tx.init(params), params, step=0)
   for matrix in updates["pixel_decoder"]["fc1"]["kernel"]:
     values = np.linalg.svd(np.array(matrix), compute_uv=False)
     # Five Newton-Schulz steps bring singular values near 1, not to it.
@@ -163,15 +166,15 @@ def test_schedules(schedule, at_middle, at_end):
 
 def test_ema_starts_at_the_parameters_and_warms_up():
   params = {"encoder": {"w": jnp.ones(3)}}
-  tx = optim.make_optimizer(
-    OptimConfig(learning_rate=0.1, schedule="constant"), 10, {"encoder": 1.0}
-  )
-  state = train_state.create(params, tx)
+  config = OptimConfig(learning_rate=0.1, schedule="constant")
+  modules = {"encoder": optim.TrainedModule(config)}
+  tx = optim.make_optimizer(modules, 10)
+  state = train_state.create(params, {}, tx, modules)
   chex.assert_trees_all_equal(state.ema_params, state.params)
   expected = np.ones(3)
   for n in range(12):
     state, _ = train_state.apply_gradients(
-      state, {"encoder": {"w": jnp.full(3, 2.0)}}, tx, 0.5
+      state, {"encoder": {"w": jnp.full(3, 2.0)}}, {}, tx, 0.5
     )
     decay = min(0.5, (1 + n) / (10 + n))
     weight = np.array(state.params["encoder"]["w"])
@@ -180,3 +183,50 @@ def test_ema_starts_at_the_parameters_and_warms_up():
       state.ema_params["encoder"]["w"], expected, rtol=1e-5, atol=1e-7
     )
   assert int(state.step) == 12
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_module_with_a_start_is_held_then_trains_as_if_new(name):
+  """Bit-unchanged before it, its schedule from its beginning after it."""
+  config = OptimConfig(name=name, learning_rate=0.1, warmup_steps=2)
+  plain = {"encoder": optim.TrainedModule(config)}
+  late = {"encoder": optim.TrainedModule(config, start=3)}
+  params = {"encoder": make_params()["encoder"]}
+  tx = optim.make_optimizer(late, 9)
+  update = jax.jit(lambda g, s, p, n: tx.update(g, s, p, step=n))
+  start = state = tx.init(params)
+  held = params
+  for step in range(3):
+    updates, state = update(
+      {"encoder": gradients(7)["encoder"]}, state, held, step
+    )
+    held = jax.tree.map(jnp.add, held, updates)
+  chex.assert_trees_all_equal(held, params)
+  chex.assert_trees_all_equal(state, start)
+
+  reference = optim.make_optimizer(plain, 6)
+  other, other_state = params, reference.init(params)
+  for step in range(3):
+    grads = {"encoder": gradients(step)["encoder"]}
+    updates, state = update(grads, state, held, step + 3)
+    held = jax.tree.map(jnp.add, held, updates)
+    updates, other_state = reference.update(
+      grads, other_state, other, step=step
+    )
+    other = jax.tree.map(jnp.add, other, updates)
+  chex.assert_trees_all_close(held, other, rtol=1e-6)
+
+
+def test_skipped_step_changes_the_counter_alone():
+  modules = {"encoder": optim.TrainedModule(OptimConfig(learning_rate=0.1))}
+  tx = optim.make_optimizer(modules, 10)
+  params = {"encoder": make_params()["encoder"]}
+  state = train_state.create(params, {"a": jnp.zeros(2)}, tx, modules)
+  grads = {"encoder": gradients(0)["encoder"]}
+  new_state, _ = train_state.apply_gradients(
+    state, grads, {"a": jnp.ones(2)}, tx, 0.9
+  )
+  kept = train_state.skip(state, new_state, jnp.bool_(True))
+  chex.assert_trees_all_equal(kept, new_state)
+  held = train_state.skip(state, new_state, jnp.bool_(False))
+  chex.assert_trees_all_equal(held, state.replace(step=new_state.step))

@@ -84,6 +84,31 @@ def config(encoder: Path, steps: int = 4) -> ml_collections.ConfigDict:
   )
 
 
+def adversarial_config(
+  encoder: Path, steps: int = 4, decoder: str = "vit"
+) -> ml_collections.ConfigDict:
+  """`config` with a PatchGAN from the first step on, 32 × 32 pixels out."""
+  raw = config(encoder, steps)
+  raw.model.output_size = 32
+  if decoder == "conv":
+    raw.model.pixel_decoder = dict(
+      kind="conv",
+      channels=64,  # two a GroupNorm group: with one, biases before it are idle
+      channel_mult=(1, 1),
+      num_res_blocks=0,
+      output_patch=4,
+    )
+  raw.discriminator = dict(kind="patch", channels=8, num_layers=2)
+  for stage in raw.stages:
+    raw[stage].discriminator_optim = dict(
+      name="adamw", learning_rate=1e-3, b1=0.5, b2=0.9, clip=0.0
+    )
+    raw[stage].optim.update(clip=0.0, schedule="constant")
+    raw[stage].discriminator_optim.update(schedule="constant")
+    raw[stage].loss.update(gan=0.5, gan_start=0)
+  return raw
+
+
 def batch(
   size: int = 8, side: int = 40, seed: int = 0
 ) -> dict[str, np.ndarray]:

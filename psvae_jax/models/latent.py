@@ -40,7 +40,10 @@ class DiagonalGaussian:
 
   def sample(self, rng: jax.Array) -> jax.Array:
     """One draw by reparameterisation: (…, C) float32."""
-    noise = jax.random.normal(rng, self.mean.shape, self.mean.dtype)
+    return self.at(jax.random.normal(rng, self.mean.shape, self.mean.dtype))
+
+  def at(self, noise: jax.Array) -> jax.Array:
+    """The draw that standard normal `noise` (…, C) gives: μ + σ · noise."""
     return self.mean + jnp.exp(0.5 * self.logvar) * noise
 
   def mode(self) -> jax.Array:

@@ -2,7 +2,8 @@
 
 `ROUTES` is the only place that knows the difference between stages. A loss
 reaches a module if and only if the table says so; everything else is cut by
-`stop_gradient`, and the tests read the table and check the gradients.
+`stop_gradient`, and the tests read the table and check the gradients. The
+adversarial term is a part of the pixel loss and goes where that goes.
 """
 
 import dataclasses
@@ -19,15 +20,29 @@ from psvae_jax import losses
 from psvae_jax.config import AutoencoderLossConfig, Config
 from psvae_jax.evaluators.autoencoder import AutoencoderEvaluator
 from psvae_jax.models import autoencoder as model_lib
+from psvae_jax.models import discriminator as discriminator_lib
 from psvae_jax.models.latent import DiagonalGaussian
 from psvae_jax.models.layers import wide
-from psvae_jax.pretrained.encoder import load_encoder, save_encoder
-from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
+from psvae_jax.models.pixels import last_layer
+from psvae_jax.optim import TrainedModule
+from psvae_jax.pretrained.dino import load_dino
+from psvae_jax.pretrained.encoder import Encoder, load_encoder, save_encoder
+from psvae_jax.sharding import mean_over, split_batch
+from psvae_jax.tasks.adversarial import Adversary, Verdict
+from psvae_jax.tasks.base import (
+  Batch,
+  Bridge,
+  EvalContext,
+  Metrics,
+  Params,
+)
+from psvae_jax.train_state import TrainState
 
 E = "encoder"
 SE = "semantic_encoder"
 SD = "semantic_decoder"
 PD = "pixel_decoder"
+D = "discriminator"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +129,7 @@ def forward(
   params: Params,
   frozen: Params,
   images: jax.Array,
-  rng: jax.Array,
+  noise: jax.Array,
 ) -> Outputs:
   """One forward pass of the training graph.
 
@@ -124,15 +139,15 @@ def forward(
     params: trained modules' parameters.
     frozen: {"teacher": …}: the original E, which is also E itself where E does
       not train (one forward pass then serves both).
-    images: uint8 (B, S, S, 3) at the product's size.
-    rng: latent noise, drawn for the global batch.
+    images: (B, S, S, 3) at the product's size, levels in [0, 255].
+    noise: (B, h, w, C) standard normal, this batch's part of the global draw.
   """
   dtype = wide(model.encoder.dtype)
   x = images.astype(dtype) / 127.5 - 1.0
   teacher = jax.lax.stop_gradient(model.features(frozen["teacher"], x))
   features = model.features(params[E], x) if E in route.trains else teacher
   posterior = model.posterior(params[SE], features)
-  z = posterior.sample(rng)
+  z = posterior.at(noise)
   decoded = model.decode_features(
     params[SD], _cut(z, SE, route.semantic_decoded)
   )
@@ -161,6 +176,27 @@ def pixel_loss(
   return total, metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+  """A forward pass of one (micro-)batch that waits for the weight of the GAN.
+
+  Attributes:
+    pull: cotangents of (sum of the other terms, x̂) → gradient of the modules.
+    other: that sum.
+    pixel: the pixel loss without its adversarial part.
+    pixel_grad: its gradient at x̂.
+    verdict: the discriminator's, or None without one.
+    metrics: unweighted figures.
+  """
+
+  pull: Callable
+  other: jax.Array
+  pixel: jax.Array
+  pixel_grad: jax.Array
+  verdict: Verdict | None
+  metrics: Metrics
+
+
 class AutoencoderTask:
   """One stage of the autoencoder; implements `tasks.base.Task`.
 
@@ -168,20 +204,32 @@ class AutoencoderTask:
     stage: a key of `ROUTES`.
     config: the job.
     workdir: folder of the experiment.
+    encoder: E, where it is not to be loaded by its name in the config; it may
+      be abstract (`pretrained.encoder.abstract_encoder`), for tracing alone.
   """
 
-  def __init__(self, stage: str, config: Config, workdir: Path) -> None:
+  def __init__(
+    self,
+    stage: str,
+    config: Config,
+    workdir: Path,
+    encoder: Encoder | None = None,
+  ) -> None:
     self.name = stage
     self.config = config
     self.route = ROUTES[stage]
     self.section = config.sections[stage]
-    encoder = load_encoder(
-      config.model.encoder or str(EMBEDDED_ENCODER),
-      final_norm=config.model.final_norm,
+    shared = dict(
       remat=config.compute.remat,
       unroll=config.compute.unroll,
       dtype=jnp.dtype(config.compute.dtype),
     )
+    if encoder is None:
+      encoder = load_encoder(
+        config.model.encoder or str(EMBEDDED_ENCODER),
+        final_norm=config.model.final_norm,
+        **shared,
+      )
     self.model = model_lib.build(
       config.model,
       config.compute,
@@ -191,30 +239,60 @@ class AutoencoderTask:
     )
     self._encoder = encoder
     self.frozen = {"teacher": encoder.params}
-    self.fingerprint = fingerprint(config, encoder)
+    self.description = describe(config, encoder)
+    self.fingerprint = fingerprint(self.description)
     self.image_size = config.model.output_size
-    multiplier = {E: self.section.optim.encoder_multiplier}
-    self.multipliers = {
-      name: multiplier.get(name, 1.0) for name in self.route.trains
+    optim = self.section.optim
+    multiplier = {E: optim.encoder_multiplier}
+    self.modules = {
+      name: TrainedModule(optim, multiplier.get(name, 1.0))
+      for name in self.route.trains
     }
+    self._adversary = None
+    if self.section.loss.gan:
+      dino = None
+      if config.discriminator.kind == "dino":
+        dino = load_dino(config.discriminator.weights, **shared)
+        self.frozen[D] = dino.params
+      self._adversary = Adversary(
+        discriminator_lib.build_discriminator(
+          config.discriminator, config.compute, dino
+        ),
+        config.discriminator.augment,
+        self.section.loss,
+      )
+      self.modules[D] = TrainedModule(
+        self.section.discriminator_optim,
+        start=self.section.loss.gan_start,
+        ema=False,
+      )
     self.bridge = None
     if self.route.starts_from is not None:
       earlier = self.route.starts_from
-      self.bridge = (earlier, ROUTES[earlier].trains)
+      self.bridge = Bridge(
+        earlier, ROUTES[earlier].trains, (D,) if D in self.modules else ()
+      )
     self._evaluator = AutoencoderEvaluator(self.model, config)
 
-  def init(self, rng: jax.Array, frozen: Params) -> Params:
+  @property
+  def discriminator(self) -> discriminator_lib.Discriminator | None:
+    """The adversary's networks; None in a stage without the term."""
+    return self._adversary and self._adversary.discriminator
+
+  def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     params = self.model.init(rng, frozen["teacher"])
     if E in self.route.trains:
       params[E] = jax.tree.map(jnp.copy, frozen["teacher"])
-    return {name: params[name] for name in self.route.trains}
+    state = {}
+    if self._adversary is not None:
+      params[D], state[D] = self._adversary.discriminator.init(
+        jax.random.fold_in(rng, 1), self.image_size, frozen.get(D, {})
+      )
+    return {name: params[name] for name in self.modules}, state
 
-  def loss_terms(
-    self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
-  ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Weighted terms by their name in `Route`, and unweighted metrics."""
+  def latent_terms(self, out: Outputs) -> tuple[dict[str, jax.Array], Metrics]:
+    """Weighted terms by their name in `Route`, all but "pixel"; figures."""
     weights = self.section.loss
-    out = forward(self.model, self.route, params, frozen, batch["image"], rng)
     terms, metrics = {}, {}
     if self.route.semantic_tuned:
       mse, cosine = losses.semantic_loss(out.features, out.teacher)
@@ -225,25 +303,134 @@ class AutoencoderTask:
     metrics["loss_semantic_decoded"] = mse + cosine
     metrics["loss_kl"] = losses.kl_loss(out.posterior, weights.kl_reduction)
     terms["kl"] = weights.kl * metrics["loss_kl"]
-    pixel, pixel_metrics = pixel_loss(weights, out.reconstruction, out.image)
-    terms["pixel"] = weights.pixel * pixel
-    return terms, {**metrics, **pixel_metrics, "loss_pixel": pixel}
+    return terms, metrics
 
   def gradients(
-    self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
-  ) -> tuple[Params, Metrics]:
-    """Gradients of the summed terms.
+    self, state: TrainState, frozen: Params, batch: Batch, rng: jax.Array
+  ) -> tuple[Params, Params, Metrics]:
+    """Gradients of all losses at the parameters before the step.
 
-    An adversarial stage computes its discriminator's gradients here too, from
-    the same forward pass and the same pre-step parameters.
+    The autoencoder is differentiated once: the pixel loss enters as its
+    gradient at x̂, that of the rest and that of the adversarial part added
+    under the weight λ. λ needs the decoder's last kernel only. With
+    accumulation it is computed over the whole batch in a first sweep.
     """
+    count = self.section.train.accumulate
+    parts = split_batch(self._global_draws(batch["image"], rng), count)
 
-    def loss_fn(params):
-      terms, metrics = self.loss_terms(params, frozen, batch, rng)
-      loss = sum(terms.values())
-      return loss, {"loss": loss, **metrics}
+    def start(part):
+      return self._forward(state, frozen, part)
 
-    return jax.grad(loss_fn, has_aux=True)(params)
+    if count == 1:
+      only = start(jax.tree.map(lambda x: x[0], parts))
+      weight = self._gan_weight(state.step, lambda: self._at_last_layer(only))
+      grads, metrics = self._finish(only, weight)
+    else:
+      weight = self._gan_weight(
+        state.step,
+        lambda: mean_over(lambda part: self._at_last_layer(start(part)), parts),
+      )
+      grads, metrics = mean_over(
+        lambda part: self._finish(start(part), weight), parts
+      )
+    model_state = state.model_state
+    if self._adversary is not None:
+      model_state = {
+        D: self._adversary.advance(
+          state.params[D], state.model_state[D], state.step
+        )
+      }
+    return grads, model_state, metrics
+
+  def _global_draws(self, images: jax.Array, rng: jax.Array) -> Params:
+    """Everything of a step that has a row an example."""
+    size, grid = images.shape[0], self.model.grid
+    shape = (size, grid, grid, self.config.model.channels)
+    dtype = wide(self.model.encoder.dtype)
+    draws = {"image": images, "noise": jax.random.normal(rng, shape, dtype)}
+    if self._adversary is not None:
+      draws["augment"] = self._adversary.draw(
+        jax.random.fold_in(rng, 1), size, self.image_size
+      )
+    return draws
+
+  def _forward(self, state: TrainState, frozen: Params, part: Params) -> _Pass:
+    """Runs one (micro-)batch up to where the adversarial weight is needed."""
+    trained = {name: state.params[name] for name in self.route.trains}
+
+    def outputs(params):
+      out = forward(
+        self.model, self.route, params, frozen, part["image"], part["noise"]
+      )
+      terms, metrics = self.latent_terms(out)
+      return (sum(terms.values()), out.reconstruction), (out.image, metrics)
+
+    (other, fake), pull, (real, metrics) = jax.vjp(
+      outputs, trained, has_aux=True
+    )
+    (pixel, pixel_metrics), pixel_grad = jax.value_and_grad(
+      lambda x: pixel_loss(self.section.loss, x, real), has_aux=True
+    )(fake)
+    metrics = {**metrics, **pixel_metrics}
+    verdict = None
+    if self._adversary is not None:
+      verdict = self._adversary.judge(
+        state.params[D],
+        state.model_state[D],
+        frozen.get(D, {}),
+        real,
+        fake,
+        part["augment"],
+        state.step,
+      )
+      metrics |= verdict.metrics
+    return _Pass(
+      lambda at_other, at_fake: pull((at_other, at_fake))[0],
+      other,
+      pixel,
+      pixel_grad,
+      verdict,
+      metrics,
+    )
+
+  def _at_last_layer(self, done: _Pass) -> tuple[jax.Array, jax.Array]:
+    """Gradients of pixel and generator loss at the decoder's last kernel.
+
+    The compiler drops the rest of the backward pass, which nothing reads.
+    """
+    nothing = jnp.zeros_like(done.other)
+    return tuple(
+      last_layer(self.model.pixel_decoder, done.pull(nothing, cotangent)[PD])
+      for cotangent in (done.pixel_grad, done.verdict.image_grad)
+    )
+
+  def _gan_weight(self, step: jax.Array, at_last_layer: Callable) -> Any:
+    """Weight of the generator loss in the pixel loss; 0 before it is felt."""
+    if self._adversary is None:
+      return None
+    weights, felt = self.section.loss, self._adversary.felt(step)
+    dtype = wide(self.model.encoder.dtype)
+    if not weights.gan_adaptive:
+      return jnp.where(felt, weights.gan, 0.0).astype(dtype)
+    return jax.lax.cond(
+      felt,
+      lambda: weights.gan * losses.adaptive_weight(*at_last_layer()),
+      lambda: jnp.zeros((), dtype),
+    )
+
+  def _finish(self, done: _Pass, weight: Any) -> tuple[Params, Metrics]:
+    """Gradients of every module once the adversarial weight is known."""
+    pixel, at_fake, metrics = done.pixel, done.pixel_grad, dict(done.metrics)
+    if done.verdict is not None:
+      pixel = pixel + weight * metrics["loss_generator"]
+      at_fake = at_fake + weight * done.verdict.image_grad
+      metrics["gan_weight"] = weight
+    scale = self.section.loss.pixel
+    loss = done.other + scale * pixel
+    grads = done.pull(jnp.ones_like(done.other), scale * at_fake)
+    if done.verdict is not None:
+      grads[D] = done.verdict.grads
+    return grads, {**metrics, "loss_pixel": pixel, "loss": loss}
 
   def example_transform(self) -> Callable | None:
     return None
@@ -280,20 +467,22 @@ class AutoencoderTask:
 EMBEDDED_ENCODER = Path(__file__).parent.parent / "assets" / "encoder"
 
 
-def fingerprint(config: Config, encoder: Any) -> str:
-  """Identity of an autoencoder: model section, preprocessing, E's bytes.
+def describe(config: Config, encoder: Any) -> dict[str, Any]:
+  """What an autoencoder is: model section, preprocessing, E's bytes.
 
-  Steps, learning rates and data are not part of it.
+  Steps, learning rates, data and the adversary are not part of it.
   """
   model = dataclasses.asdict(config.model)
   model.pop("encoder")  # a folder may move; its bytes count
-  content = json.dumps(
-    {
-      "model": model,
-      "mean": list(encoder.mean),
-      "std": list(encoder.std),
-      "encoder": encoder.fingerprint,
-    },
-    sort_keys=True,
-  )
+  return {
+    "model": model,
+    "mean": list(encoder.mean),
+    "std": list(encoder.std),
+    "encoder": encoder.fingerprint,
+  }
+
+
+def fingerprint(description: dict[str, Any]) -> str:
+  """Identity of what `describe` returns."""
+  content = json.dumps(description, sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from psvae_jax.optim import TrainedModule
+from psvae_jax.train_state import TrainState
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 Params = dict[str, Any]
@@ -31,33 +34,55 @@ class EvalContext:
   folder: Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Bridge:
+  """What a stage takes over from an earlier one, by name.
+
+  Attributes:
+    stage: the earlier stage.
+    averaged: modules that start from its moving averages.
+    trained: modules without an average, which start from its parameters if the
+      earlier stage had them.
+  """
+
+  stage: str
+  averaged: tuple[str, ...]
+  trained: tuple[str, ...] = ()
+
+
 class Task(Protocol):
   """One job's objective.
 
   Attributes:
     name: the stage's name in the config.
     fingerprint: identifies the model that checkpoints belong to.
-    multipliers: trained module → factor on its learning rate. Its keys are the
-      trained modules, in order.
-    bridge: (earlier stage, modules) whose EMA starts this stage, or None.
+    description: the readable parts that the fingerprint is made of.
+    modules: trained module → how it is trained, in order.
+    bridge: what starts this stage, or None.
     frozen: host arrays the step reads and never changes.
     image_size: side of the images a batch carries.
   """
 
   name: str
   fingerprint: str
-  multipliers: dict[str, float]
-  bridge: tuple[str, tuple[str, ...]] | None
+  description: dict[str, Any]
+  modules: dict[str, TrainedModule]
+  bridge: Bridge | None
   frozen: Params
   image_size: int
 
-  def init(self, rng: jax.Array, frozen: Params) -> Params:
-    """Initial parameters of the trained modules; pure, traced under jit."""
+  def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
+    """Initial `params` and `model_state` of a `TrainState`; pure, jitted."""
 
   def gradients(
-    self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
-  ) -> tuple[Params, Metrics]:
-    """Gradients like `params`, and scalar metrics; pure, traced under jit."""
+    self, state: TrainState, frozen: Params, batch: Batch, rng: jax.Array
+  ) -> tuple[Params, Params, Metrics]:
+    """Gradients like `state.params`, the new `model_state`, and metrics.
+
+    Pure, traced under jit. All gradients are of the parameters in `state`, so
+    that no module's update sees another's of the same step. Metrics are
+    scalars and include "loss".
+    """
 
   def example_transform(self) -> Callable | None:
     """Per-example (element, rng) → element for the data pipeline, or None."""

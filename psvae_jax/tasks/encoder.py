@@ -33,6 +33,7 @@ from psvae_jax.evaluators.image_metrics import MeanAccumulator
 from psvae_jax.evaluators.scenes import SceneProbe
 from psvae_jax.models.text import T5Config, T5Encoder
 from psvae_jax.models.vit import ViT, ViTConfig
+from psvae_jax.optim import TrainedModule
 from psvae_jax.pretrained import text as text_files
 from psvae_jax.pretrained.encoder import (
   IMAGENET_MEAN,
@@ -45,6 +46,7 @@ from psvae_jax.pretrained.tokenizer import (
   train_tokenizer,
 )
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
+from psvae_jax.train_state import TrainState
 
 MAX_SCALE = 100.0  # CLIP's bound on the logit scale
 
@@ -183,6 +185,12 @@ class EncoderTask:
         "config.data.source must be 'scenes' for the encoder job: its hard "
         "negatives need the scenes' grammar"
       )
+    if config.sections[stage].train.accumulate > 1:
+      raise ConfigError(
+        f"config.{stage}.train.accumulate must be 1 for the encoder job: its "
+        "contrastive loss compares all pairs of a batch, and micro-batches "
+        "have fewer"
+      )
     self.name = stage
     self.config = config
     self.section = config.sections[stage]
@@ -211,19 +219,20 @@ class EncoderTask:
     self.text = T5Encoder(self._text_config, **shared)
     self.heads = Heads(model.embed_dim, model.text.vocab_size)
     multiplier = self.section.optim.encoder_multiplier
-    self.multipliers = {
-      "encoder": multiplier,
-      "text_encoder": 1.0,
-      "heads": 1.0,
+    self.modules = {
+      "encoder": TrainedModule(self.section.optim, multiplier),
+      "text_encoder": TrainedModule(self.section.optim),
+      "heads": TrainedModule(self.section.optim),
     }
     self.frozen: Params = {}
+    self.description = {"model": dataclasses.asdict(model)}
     content = json.dumps(dataclasses.asdict(model), sort_keys=True)
     self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     self._probe = SceneProbe(self.image_size, config.eval)
     self._pooled = jax.jit(self._pooled_fn)
     self._matches = jax.jit(self._matches_fn)
 
-  def init(self, rng: jax.Array, frozen: Params) -> Params:
+  def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     rngs = jax.random.split(rng, 3)
     side = self.image_size
     images = jnp.zeros((1, side, side, 3), jnp.float32)
@@ -237,7 +246,7 @@ class EncoderTask:
         jnp.zeros((1, self._text_config.d_model)),
       ),
     }
-    return {name: value["params"] for name, value in modules.items()}
+    return {name: value["params"] for name, value in modules.items()}, {}
 
   def _embed(
     self, params: Params, batch: Batch
@@ -265,8 +274,8 @@ class EncoderTask:
     return {"features": sharding.constrain(pooled)}
 
   def gradients(
-    self, params: Params, frozen: Params, batch: Batch, rng: jax.Array
-  ) -> tuple[Params, Metrics]:
+    self, state: TrainState, frozen: Params, batch: Batch, rng: jax.Array
+  ) -> tuple[Params, Params, Metrics]:
     weights = self.section.loss
 
     def loss_fn(params):
@@ -286,7 +295,8 @@ class EncoderTask:
         "logit_scale": scale,
       }
 
-    return jax.grad(loss_fn, has_aux=True)(params)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    return grads, state.model_state, metrics
 
   def example_transform(self) -> Callable:
     source = make_source(self.config.data, "train", self.image_size)

@@ -34,6 +34,23 @@ def all_params(task):
   return tiny.randomise({name: params[name] for name in MODULES}, seed=2)
 
 
+def loss_terms(task, params, frozen):
+  """Weighted terms by their name in the table."""
+  noise = jax.random.normal(jax.random.key(3), (8, 4, 4, 4))
+  out = autoencoder.forward(
+    task.model, task.route, params, frozen, tiny.batch()["image"], noise
+  )
+  weights = task.section.loss
+  pixel, _ = autoencoder.pixel_loss(weights, out.reconstruction, out.image)
+  return {**task.latent_terms(out)[0], "pixel": weights.pixel * pixel}
+
+
+def new_state(task, params=None):
+  tx = make_optimizer(task.modules, 10)
+  fresh, model_state = jax.jit(task.init)(jax.random.key(0), task.frozen)
+  return create(params or fresh, model_state, tx, task.modules), tx
+
+
 def is_zero(tree):
   return all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(tree))
 
@@ -54,9 +71,7 @@ def test_gradients_follow_the_table(encoder_folder, stage):
       teacher = frozen
       if "encoder" not in route.trains:
         teacher = {"teacher": params["encoder"]}
-      return task.loss_terms(params, teacher, tiny.batch(), jax.random.key(3))[
-        0
-      ]
+      return loss_terms(task, params, teacher)
 
     return jax.jacrev(terms)(params)
 
@@ -76,27 +91,23 @@ def test_teacher_gets_no_gradient(encoder_folder):
   params = all_params(task)
 
   def loss(frozen):
-    terms, _ = task.loss_terms(params, frozen, tiny.batch(), jax.random.key(0))
-    return sum(terms.values())
+    return sum(loss_terms(task, params, frozen).values())
 
   assert is_zero(jax.jit(jax.grad(loss))(task.frozen))
 
 
 def test_every_parameter_of_a_trained_module_moves(encoder_folder):
   task = make_task(encoder_folder, "psvae")
-  params = all_params(task)
-  grads, _ = jax.jit(task.gradients)(
-    params, task.frozen, tiny.batch(), jax.random.key(0)
+  state, _ = new_state(task, all_params(task))
+  grads, *_ = jax.jit(task.gradients)(
+    state, task.frozen, tiny.batch(), jax.random.key(0)
   )
   for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
     assert bool(jnp.any(grad != 0)), jax.tree_util.keystr(path)
 
 
-def step_once(task, params=None):
-  tx = make_optimizer(task.section.optim, 10, task.multipliers)
-  if params is None:
-    params = jax.jit(task.init)(jax.random.key(0), task.frozen)
-  state = create(params, tx)
+def step_once(task):
+  state, tx = new_state(task)
   step = jax.jit(make_train_step(task, tx, 0.9))
   return step(state, task.frozen, tiny.batch(), jax.random.key(0))[0]
 
@@ -127,12 +138,12 @@ def test_stage_2_update_does_not_ignore_the_pixel_loss(encoder_folder):
 def test_teacher_is_unchanged_by_ten_steps(encoder_folder):
   task = make_task(encoder_folder, "psvae")
   before = jax.tree.map(np.array, task.frozen)
-  tx = make_optimizer(task.section.optim, 10, task.multipliers)
-  state = create(jax.jit(task.init)(jax.random.key(0), task.frozen), tx)
+  state, tx = new_state(task)
   step = jax.jit(make_train_step(task, tx, 0.9), donate_argnums=0)
   frozen = jax.tree.map(jnp.asarray, task.frozen)
   for seed in range(10):
-    state, _ = step(state, frozen, tiny.batch(seed=seed), jax.random.key(0))
+    batch = tiny.batch(seed=seed)
+    state, *_ = step(state, frozen, batch, jax.random.key(0))
   chex.assert_trees_all_equal(jax.tree.map(np.array, frozen), before)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_equal(state.params["encoder"], frozen["teacher"])
@@ -140,9 +151,9 @@ def test_teacher_is_unchanged_by_ten_steps(encoder_folder):
 
 def test_stage_2_starts_at_the_teacher_with_finite_gradients(encoder_folder):
   task = make_task(encoder_folder, "psvae")
-  params = jax.jit(task.init)(jax.random.key(0), task.frozen)
-  grads, metrics = jax.jit(task.gradients)(
-    params, task.frozen, tiny.batch(), jax.random.key(0)
+  state, _ = new_state(task)
+  grads, _, metrics = jax.jit(task.gradients)(
+    state, task.frozen, tiny.batch(), jax.random.key(0)
   )
   assert float(metrics["loss_semantic_tuned"]) == pytest.approx(0, abs=1e-5)
   chex.assert_tree_all_finite(grads)
@@ -150,7 +161,7 @@ def test_stage_2_starts_at_the_teacher_with_finite_gradients(encoder_folder):
 
 def test_semantic_blocks_start_from_the_encoder(encoder_folder):
   task = make_task(encoder_folder, "svae")
-  params = jax.jit(task.init)(jax.random.key(0), task.frozen)
+  params, _ = jax.jit(task.init)(jax.random.key(0), task.frozen)
   last = jax.tree.map(lambda x: x[-1:], task.frozen["teacher"]["blocks"])
   chex.assert_trees_all_equal(params["semantic_encoder"]["blocks"], last)
   chex.assert_trees_all_equal(params["semantic_decoder"]["blocks"], last)
@@ -164,10 +175,7 @@ def test_loss_weights_are_linear(encoder_folder, name, weight, default):
   values = []
   for changes in ({name: weight}, {}):
     task = make_task(encoder_folder, "psvae", **changes)
-    terms, _ = jax.jit(task.loss_terms)(
-      all_params(task), task.frozen, tiny.batch(), jax.random.key(0)
-    )
-    values.append(terms)
+    values.append(loss_terms(task, all_params(task), task.frozen))
   scaled, plain = values
   for term in plain:
     factor = weight / default if term.startswith(name) else 1.0
