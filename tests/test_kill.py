@@ -74,7 +74,7 @@ def kill_while_saving(folder, size, delay):
   process = subprocess.Popen(
     [sys.executable, str(_SAVING), str(folder), str(size)],
     cwd=_ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)},
     stdout=subprocess.PIPE,
     text=True,
   )

@@ -35,6 +35,8 @@ def events(folder):
       size = int.from_bytes(raw[position : position + 8], "little")
       data = raw[position + 12 : position + 12 + size]
       event = event_pb2.Event.FromString(data)
+      # Without it TensorBoard takes the file for one of another format.
+      assert position or event.file_version == "brain.Event:2"
       scalars += [(event.step, value.tag) for value in event.summary.value]
       if event.HasField("session_log"):
         starts.append(event.step)
