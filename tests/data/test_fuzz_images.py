@@ -196,12 +196,16 @@ def with_size(file_format: str, width: int, height: int) -> bytes:
   return bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 @pytest.mark.parametrize(
   "data",
   [
     webp_canvas(1 << 14, 1 << 14),
     webp_canvas(1 << 16, (1 << 16) - 1),
     *(with_size(f, 60_000, 60_000) for f in ("PNG", "JPEG", "GIF", "BMP")),
+    # Between our limit and the one where Pillow refuses by itself.
+    *(with_size(f, 9500, 9500) for f in ("PNG", "JPEG", "GIF", "BMP")),
+    webp_canvas(9500, 9500),
     with_size("PNG", (1 << 31) - 1, 1),
     with_size("BMP", (1 << 31) - 1, 2),
   ],

@@ -356,6 +356,27 @@ def test_any_size_becomes_the_asked_one(shape, name):
     assert apply(transform, gradient(*shape), seed).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_center_crop_of_a_strip_is_the_same_and_small(monkeypatch, turned):
+  strip = np.random.default_rng(0).integers(0, 256, (8, 3000, 3), np.uint8)
+  strip = strip.swapaxes(0, 1) if turned else strip
+  strip = np.ascontiguousarray(strip)
+  result = apply(transforms.center_crop(16), strip)
+  sizes, resize = [], Image.Image.resize
+
+  def watched(self, size, *args):
+    sizes.append(size)
+    return resize(self, size, *args)
+
+  monkeypatch.setattr(Image.Image, "resize", watched)
+  apply(transforms.center_crop(16), strip)
+  assert max(w * h for w, h in sizes) <= 16 * 16 * 64
+  monkeypatch.setattr(transforms, "_MAX_ASPECT", 1000)
+  np.testing.assert_array_equal(
+    result, apply(transforms.center_crop(16), strip)
+  )
+
+
 def test_random_crop_stays_inside_and_uses_the_range():
   image = gradient(40, 60)
   transform = transforms.random_crop(20, min_scale=0.5)
