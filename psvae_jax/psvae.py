@@ -1,0 +1,322 @@
+"""A trained autoencoder as one object: images ↔ latents, and features.
+
+    vae = psvae_jax.PSVAE.from_pretrained("runs/psvae")
+    z = vae.encode(images)       # uint8 (B, H, W, 3) → float32 (B, h, w, C)
+    x = vae.decode(z)            # → uint8 (B, H, W, 3)
+
+Arrays go in as numpy or JAX arrays and come out as numpy arrays, on the host:
+an input may be longer than what the device holds. It is cut into parts of
+`batch_size`, the last one padded, so that a program is compiled once for each
+kind of input (images at the encoder's size, at the product's, latents).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psvae_jax import checkpoint, config_parser
+from psvae_jax.config import AutoencoderModel, Config
+from psvae_jax.evaluators.image_metrics import to_uint8
+from psvae_jax.models import autoencoder as model_lib
+from psvae_jax.pretrained import files
+from psvae_jax.pretrained.encoder import Encoder, load_encoder
+from psvae_jax.tasks import autoencoder as task_lib
+
+_E = "encoder"
+
+
+class PSVAE:
+  """Encodes and decodes with the moving averages of a trained stage.
+
+  Args:
+    model: the modules.
+    params: module → parameters, E included.
+    stage: which stage they are from.
+    fingerprint: of the model, as its checkpoints carry it.
+    batch_size: longest batch that is computed at once; changes memory and
+      speed, not results beyond rounding.
+
+  Attributes:
+    stage: "svae", "psvae", …
+    fingerprint: identifies the model, its preprocessing and the original E.
+    batch_size: see above.
+  """
+
+  def __init__(
+    self,
+    model: model_lib.Autoencoder,
+    params: dict[str, Any],
+    *,
+    stage: str,
+    fingerprint: str,
+    batch_size: int = 32,
+  ) -> None:
+    if batch_size < 1:
+      raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    self.stage = stage
+    self.fingerprint = fingerprint
+    self.batch_size = batch_size
+    self._model = model
+    self._params = jax.device_put(params)
+    self._features_fn = jax.jit(self._trace_features)
+    self._encode_fn = jax.jit(self._trace_encode)
+    self._decode_fn = jax.jit(self._trace_decode)
+
+  @classmethod
+  def from_pretrained(
+    cls,
+    path: str | os.PathLike,
+    *,
+    stage: str | None = None,
+    batch_size: int = 32,
+  ) -> "PSVAE":
+    """Loads a stage of a workdir, finished or still in training.
+
+    Args:
+      path: the folder that `python -m psvae_jax.main --workdir` wrote.
+      stage: which one; by default the last one that has a checkpoint.
+      batch_size: see the class.
+
+    Raises:
+      FileNotFoundError: no such folder, or nothing of a job in it.
+      ValueError: the job is not an autoencoder's, or has no such stage.
+      CheckpointError: the checkpoints do not belong to the workdir's config
+        or to any encoder that is at hand, or are damaged.
+    """
+    workdir = Path(path).expanduser()
+    config = _read_config(workdir)
+    stage = _pick_stage(workdir, stage)
+    encoder, description = _find_encoder(workdir, stage, config)
+    model = model_lib.build(
+      config.model, config.compute, encoder.module, encoder.mean, encoder.std
+    )
+    modules = task_lib.ROUTES[stage].trains
+    restored = checkpoint.restore_ema(
+      workdir / stage / "checkpoints",
+      _abstract(model, encoder.params),
+      modules,
+      task_lib.fingerprint(description),
+      description=description,
+    )
+    return cls(
+      model,
+      {_E: encoder.params, **restored},
+      stage=stage,
+      fingerprint=task_lib.fingerprint(description),
+      batch_size=batch_size,
+    )
+
+  @property
+  def image_size(self) -> int:
+    """Side of the images that the encoder sees, pixels."""
+    return self._model.config.image_size
+
+  @property
+  def output_size(self) -> int:
+    """Side of the product's images, pixels."""
+    return self._model.config.output_size
+
+  @property
+  def channels(self) -> int:
+    """Latent channels C."""
+    return self._model.config.channels
+
+  @property
+  def grid(self) -> int:
+    """Side h = w of the latent grid."""
+    return self._model.grid
+
+  def encode(self, images: np.ndarray | jax.Array) -> np.ndarray:
+    """Images → mean of the posterior.
+
+    Args:
+      images: uint8 (B, H, W, 3) at the encoder's size, taken as they are, or
+        at the product's, resized inside.
+
+    Returns:
+      float32 (B, h, w, C).
+
+    Raises:
+      ValueError: another dtype, shape or size.
+    """
+    return self._in_batches(self._encode_fn, self._check_images(images))
+
+  def decode(self, z: np.ndarray | jax.Array) -> np.ndarray:
+    """Latents (B, h, w, C) → uint8 (B, S, S, 3) at the product's size, rounded.
+
+    Raises:
+      ValueError: not floating point, or of another shape.
+    """
+    return self._in_batches(self._decode_fn, self._check_latents(z))
+
+  def features(self, images: np.ndarray | jax.Array) -> np.ndarray:
+    """Images as for `encode` → float32 (B, h, w, D) of this stage's encoder."""
+    return self._in_batches(self._features_fn, self._check_images(images))
+
+  def reconstruct(self, images: np.ndarray | jax.Array) -> np.ndarray:
+    """Images as for `encode` → uint8 (B, S, S, 3): `decode(encode(images))`."""
+    return self.decode(self.encode(images))
+
+  def __repr__(self) -> str:
+    return (
+      f"PSVAE({self.stage}, {self.output_size}×{self.output_size} pixels ↔ "
+      f"{self.grid}×{self.grid}×{self.channels}, {self.fingerprint})"
+    )
+
+  def _trace_features(self, params: Any, images: jax.Array) -> jax.Array:
+    x = images.astype(jnp.float32) / 127.5 - 1.0
+    features = self._model.features(params[_E], x)
+    return features.astype(jnp.float32)
+
+  def _trace_encode(self, params: Any, images: jax.Array) -> jax.Array:
+    features = self._trace_features(params, images)
+    posterior = self._model.posterior(params["semantic_encoder"], features)
+    return posterior.mode().astype(jnp.float32)
+
+  def _trace_decode(self, params: Any, z: jax.Array) -> jax.Array:
+    pixels = self._model.decode_pixels(params["pixel_decoder"], z)
+    return to_uint8(pixels.astype(jnp.float32))
+
+  def _in_batches(self, function: Callable, inputs: np.ndarray) -> np.ndarray:
+    """Applies a jitted function part by part; the parts have one shape."""
+    count = len(inputs)
+    if not count:
+      empty = jax.eval_shape(function, self._params, np.zeros_like(inputs))
+      return np.zeros(empty.shape, empty.dtype)
+    size = min(count, self.batch_size)
+    outputs = []
+    for start in range(0, count, size):
+      part = inputs[start : start + size]
+      padding = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
+      # Explicit copies, which a transfer guard allows.
+      part = jax.device_put(np.pad(part, padding))
+      outputs.append(jax.device_get(function(self._params, part)))
+    return np.concatenate(outputs)[:count]
+
+  def _check_images(self, images: Any) -> np.ndarray:
+    images = np.asarray(jax.device_get(images))
+    if images.dtype != np.uint8:
+      raise ValueError(f"images must be uint8 in [0, 255], got {images.dtype}")
+    if images.ndim != 4 or images.shape[-1] != 3:
+      hint = "; one image is images[None]" if images.ndim == 3 else ""
+      raise ValueError(
+        f"images must have the shape (B, H, W, 3), got {images.shape}{hint}"
+      )
+    sizes = (self.image_size, self.output_size)
+    if images.shape[1:3] not in [(size, size) for size in sizes]:
+      raise ValueError(
+        f"images are {images.shape[1]}×{images.shape[2]}; this autoencoder "
+        f"takes {sizes[0]}×{sizes[0]} (the encoder's size) or "
+        f"{sizes[1]}×{sizes[1]} (the product's)"
+      )
+    return images
+
+  def _check_latents(self, z: Any) -> np.ndarray:
+    z = np.asarray(jax.device_get(z))
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+      raise ValueError(f"latents must be floating point, got {z.dtype}")
+    wanted = (self.grid, self.grid, self.channels)
+    if z.ndim != 4 or z.shape[1:] != wanted:
+      raise ValueError(
+        f"latents must have the shape (B, {wanted[0]}, {wanted[1]}, "
+        f"{wanted[2]}), got {z.shape}"
+      )
+    return z.astype(np.float32)
+
+
+def stages_with_checkpoints(workdir: str | os.PathLike) -> list[str]:
+  """Stages of a workdir that `from_pretrained` can load, in order."""
+  return [
+    stage
+    for stage in task_lib.ROUTES
+    if checkpoint.has_checkpoint(Path(workdir) / stage / "checkpoints")
+  ]
+
+
+def _read_config(workdir: Path) -> Config:
+  """The config of a workdir, which must be an autoencoder's."""
+  if not workdir.is_dir():
+    raise FileNotFoundError(
+      f"{workdir} is not a folder; give the --workdir of a training job"
+    )
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"{workdir} is not a workdir: it has no config.json; give the --workdir "
+      "of a training job"
+    )
+  raw = files.read_json(path)
+  if "stages" not in raw:
+    raise ValueError(
+      f"{path} is not the config of a job (it has no stages); give the "
+      "--workdir of a training job"
+    )
+  config = config_parser.parse(raw)
+  if not isinstance(config.model, AutoencoderModel):
+    raise ValueError(
+      f"{workdir} trains {', '.join(config.stages)}, not an autoencoder; its "
+      "encoders load with psvae_jax.load_encoder"
+    )
+  return config
+
+
+def _pick_stage(workdir: Path, stage: str | None) -> str:
+  found = stages_with_checkpoints(workdir)
+  if not found:
+    looked = ", ".join(f"{name}/checkpoints" for name in task_lib.ROUTES)
+    raise FileNotFoundError(
+      f"{workdir} has no checkpoint yet; looked for {looked} in it"
+    )
+  if stage is None:
+    return found[-1]
+  if stage not in found:
+    raise ValueError(
+      f"{workdir} has no checkpoint of stage {stage!r}; it has "
+      + ", ".join(found)
+    )
+  return stage
+
+
+def _find_encoder(
+  workdir: Path, stage: str, config: Config
+) -> tuple[Encoder, dict[str, Any]]:
+  """The original E that the checkpoints belong to, and the model's description.
+
+  A finished stage leaves a copy in the workdir. Until then E is where the
+  config says.
+  """
+  names = [str(p.parent) for p in sorted(workdir.glob("frozen/*/config.json"))]
+  names.append(config.model.encoder or str(task_lib.EMBEDDED_ENCODER))
+  folder = workdir / stage / "checkpoints"
+  error = None
+  for name in names:
+    encoder = load_encoder(
+      name,
+      final_norm=config.model.final_norm,
+      unroll=config.compute.unroll,
+      dtype=jnp.dtype(config.compute.dtype),
+    )
+    description = task_lib.describe(config, encoder)
+    try:
+      checkpoint.checked_latest_step(
+        folder, task_lib.fingerprint(description), description
+      )
+      return encoder, description
+    except checkpoint.CheckpointError as mismatch:
+      error = mismatch
+  raise error
+
+
+def _abstract(model: model_lib.Autoencoder, encoder_params: Any) -> Any:
+  """Shapes and places of all modules' parameters: one device holds them."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), encoder_params)
+  shapes = {_E: encoder_params, **shapes}
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+  )
