@@ -142,10 +142,7 @@ def restore_ema(
 
     step, result, damaged = newest_usable(folder, read)
   if damaged:
-    say(
-      f"warning: {list_damaged(folder, damaged)}. The next stage starts from "
-      f"step {step} instead"
-    )
+    say(f"warning: {list_damaged(folder, damaged)}. Taking step {step} instead")
   return result
 
 
