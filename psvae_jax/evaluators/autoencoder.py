@@ -93,7 +93,8 @@ class AutoencoderEvaluator:
     Args:
       params: parameters on `mesh`.
       mesh: the mesh.
-      folder: where samples and channel statistics are written; None nowhere.
+      folder: where samples and channel statistics are written, inside the
+        workdir, whose `quarantine.jsonl` names bad records; None nowhere.
       teacher: the frozen encoder's parameters, for pictures of its features;
         the same object as `params["encoder"]` where E does not train.
 
@@ -102,7 +103,10 @@ class AutoencoderEvaluator:
     """
     config = self._config.eval
     source = sources.make_source(
-      self._config.data, "validation", self._model.config.output_size
+      self._config.data,
+      "validation",
+      self._model.config.output_size,
+      None if folder is None else folder.parent / "quarantine.jsonl",
     )
     means, moments = image_metrics.MeanAccumulator(), LatentMoments()
     checker = scenes.CheckerScore(source) if self._checks(source) else None

@@ -25,27 +25,30 @@ class FeatureColors:
     width = features.shape[-1]
     flat = _finite(features).reshape(-1, width)
     self._mean = flat.mean(0)
-    _, _, rows = np.linalg.svd(flat - self._mean, full_matrices=False)
+    centred = flat - self._mean
+    # The same directions as of the features themselves, but D × D: in float64
+    # the first three lose nothing by it.
+    _, _, rows = np.linalg.svd(centred.T @ centred, hermitian=True)
     rows = rows[:3]
     largest = np.abs(rows).argmax(1)
-    rows *= np.where(rows[np.arange(len(rows)), largest] < 0, -1.0, 1.0)[
-      :, None
-    ]
-    # Fewer than three positions or features: the other colours stay even.
+    signs = np.where(rows[np.arange(len(rows)), largest] < 0, -1.0, 1.0)
+    # Fewer than three features: the other colours stay even.
     self._basis = np.zeros((3, width))
-    self._basis[: len(rows)] = rows
-    self._low, self._high = np.percentile(
+    self._basis[: len(rows)] = rows * signs[:, None]
+    self._low, high = np.percentile(
       self._components(flat), _PERCENTILES, axis=0
     )
+    extent = high - self._low
+    # A component without spread would blow up rounding errors to colours.
+    rounding = max(1e-6 * extent.max(), 1e-9 * np.abs(flat).max())
+    self._even = extent <= rounding
+    self._extent = np.where(self._even, 1.0, extent)
 
   def __call__(self, features: np.ndarray) -> np.ndarray:
     """(..., D) → uint8 (..., 3)."""
     components = self._components(_finite(features))
-    extent = self._high - self._low
-    # A component without any spread would blow up rounding errors to colours.
-    even = extent <= 1e-6 * max(float(extent.max()), 1e-12)
-    share = (components - self._low) / np.where(even, 1.0, extent)
-    share = np.where(even, 0.5, np.clip(share, 0.0, 1.0))
+    share = np.clip((components - self._low) / self._extent, 0.0, 1.0)
+    share = np.where(self._even, 0.5, share)
     return np.round(255 * share).astype(np.uint8)
 
   def _components(self, features: np.ndarray) -> np.ndarray:

@@ -4,15 +4,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_autoencoder
 
-from psvae_jax import config_parser, sharding
+from psvae_jax import sharding
 from psvae_jax.config import MeshConfig
 from psvae_jax.evaluators import photographs
 from psvae_jax.evaluators.autoencoder import AutoencoderEvaluator
 from psvae_jax.evaluators.feature_colors import FeatureColors
 from psvae_jax.evaluators.pictures import latent_pictures
-from psvae_jax.models import autoencoder as model_lib
-from psvae_jax.pretrained.encoder import load_encoder
 
 COUNT = 5
 
@@ -21,23 +20,12 @@ class Job:
   """A tiny autoencoder whose encoder was tuned away from its teacher."""
 
   def __init__(self, folder, **data):
-    raw = tiny.config(folder)
-    raw.eval.update(num_images=6, num_samples=COUNT)
-    raw.data.update(data)
-    self.config = config_parser.parse(raw)
-    encoder = load_encoder(str(folder))
-    self.model = model_lib.build(
-      self.config.model,
-      self.config.compute,
-      encoder.module,
-      encoder.mean,
-      encoder.std,
+    tiny_model = tiny_autoencoder.build(
+      folder, eval=dict(num_images=6, num_samples=COUNT), data=data
     )
-    teacher = jax.tree.map(np.asarray, encoder.params)
-    params = jax.jit(self.model.init)(jax.random.key(0), teacher)
-    self.teacher = teacher
-    self.params = tiny.randomise({**params, "encoder": teacher})
-    self.evaluator = AutoencoderEvaluator(self.model, self.config)
+    self.model, self.teacher = tiny_model.model, tiny_model.teacher
+    self.params = tiny.randomise(tiny_model.params)
+    self.evaluator = AutoencoderEvaluator(self.model, tiny_model.config)
 
   def evaluate(self, folder, *, tuned=True, devices=1):
     """Runs the evaluation; returns the sample sets it wrote."""
