@@ -17,6 +17,7 @@ disk a line of metrics is lost, whole, and the run goes on.
 """
 
 import contextlib
+import errno
 import json
 import math
 import numbers
@@ -24,6 +25,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from psvae_jax.append_file import AppendFile
 from psvae_jax.events import EventFile
@@ -92,6 +95,30 @@ def write_json_atomic(path: Path, value: Any) -> None:
     encode_json(value), indent=2, ensure_ascii=False, allow_nan=False
   )
   write_text_atomic(path, text + "\n")
+
+
+def write_arrays_atomic(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Replaces `path` by a compressed .npz of `arrays`."""
+  with _atomic_file(path, binary=True) as file:
+    np.savez_compressed(file, **arrays)
+
+
+@contextlib.contextmanager
+def skipped_when_full(what: str) -> Iterator[None]:
+  """Leaves the block with a warning if the disk is full: `what` is not written.
+
+  For what a run can do without. Other errors pass.
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    print(
+      f"warning: {what} could not be written ({error.strerror}). The run goes "
+      "on without it",
+      flush=True,
+    )
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
@@ -284,13 +311,16 @@ def _merge(
 
 
 @contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[IO[str]]:
+def _atomic_file(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
   """Opens a file that becomes `path` only if the block ends without error."""
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with temporary.open("w", encoding="utf-8") as file:
+    opened = (
+      temporary.open("wb") if binary else temporary.open("w", encoding="utf-8")
+    )
+    with opened as file:
       yield file
       file.flush()
       os.fsync(file.fileno())

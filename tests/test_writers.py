@@ -224,6 +224,26 @@ def test_a_full_disk_leaves_whole_files_as_they_were(tmp_path):
     assert not list(disk.glob(".*.tmp"))
 
 
+def test_a_full_disk_leaves_arrays_as_they_were(tmp_path, capsys):
+  noise = np.random.default_rng(0).standard_normal((100, 100))
+  with mounted(tmp_path / "disk", "1m") as disk:
+    path = disk / "samples" / "reconstructions.npz"
+    writers.write_arrays_atomic(path, {"a": noise[:10]})
+    with filled(disk, spare=20_000):
+      with writers.skipped_when_full(str(path)):
+        writers.write_arrays_atomic(path, {"a": noise})
+        raise AssertionError("the disk was not full")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "reconstructions.npz" in line
+    assert "No space left on device" in line
+    np.testing.assert_array_equal(np.load(path)["a"], noise[:10])
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    writers.write_arrays_atomic(path, {"a": noise})
+    np.testing.assert_array_equal(np.load(path)["a"], noise)
+  with pytest.raises(PermissionError), writers.skipped_when_full("x"):
+    raise PermissionError(1, "not permitted")
+
+
 class Clock:
   """A clock that stands still until told."""
 

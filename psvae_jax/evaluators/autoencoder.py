@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from psvae_jax import sharding
+from psvae_jax import sharding, writers
 from psvae_jax.config import Config
 from psvae_jax.data import pipeline, sources
 from psvae_jax.data.scenes import SceneSource
@@ -254,11 +254,9 @@ def _captions(source: Any, indices: np.ndarray) -> list[str]:
 def _write_arrays(
   folder: Path | None, name: str, arrays: dict[str, np.ndarray]
 ) -> None:
-  """Writes an .npz so that a reader sees the old file or the new one whole."""
+  """Writes an .npz; on a full disk the figures are had without it."""
   if folder is None:
     return
   path = folder / name
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix(".partial.npz")
-  np.savez_compressed(partial, **arrays)
-  partial.replace(path)
+  with writers.skipped_when_full(str(path)):
+    writers.write_arrays_atomic(path, arrays)
