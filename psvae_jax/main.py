@@ -69,59 +69,79 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   Raises:
     ConfigError: the config cannot be run.
     CheckpointError: the workdir holds another model's checkpoints.
+    WorkdirError: another run uses the workdir, or it cannot be written to.
   """
+  import jax
+
+  from psvae_jax import train, writers
+  from psvae_jax.tasks import make_task
+  from psvae_jax.workdir import workdir_lock
+
+  parsed = config_parser.parse(config)
+  mesh = _make_mesh(parsed)
+  for stage in parsed.stages[1:]:
+    # A mistake in a later stage is found before the first one trains.
+    train.is_finished(make_task(stage, parsed, workdir), parsed, workdir)
+  with workdir_lock(workdir, enabled=jax.process_index() == 0):
+    resolved = config_parser.with_defaults(config)
+    for stage in parsed.stages:
+      _run_stage(stage, parsed, resolved, mesh, workdir)
+    if jax.process_index() == 0:
+      from psvae_jax import report
+
+      train.note(f"report: {report.write_report(workdir)}")
+    return writers.read_summary(workdir)
+
+
+def _run_stage(
+  stage: str,
+  config: Config,
+  resolved: Mapping[str, Any],
+  mesh: Any,
+  workdir: Path,
+) -> None:
+  """Trains one stage unless it is finished; the first one opens the workdir."""
   import jax
 
   from psvae_jax import report, sharding, train, writers
   from psvae_jax.tasks import make_task
   from psvae_jax.tasks.base import EvalContext
 
-  parsed = config_parser.parse(config)
-  _check_machine(parsed)
-  mesh = sharding.make_mesh(parsed.mesh)
   chief = jax.process_index() == 0
-  for stage in parsed.stages[1:]:
-    # A mistake in a later stage is found before the first one trains.
-    train.is_finished(make_task(stage, parsed, workdir), parsed, workdir)
-  for stage in parsed.stages:
-    task = make_task(stage, parsed, workdir)
-    finished = train.is_finished(task, parsed, workdir)  # or another model's
-    train.check_data(task, parsed)
-    if chief and stage == parsed.stages[0]:
-      resolved = config_parser.with_defaults(config)
-      writers.write_json_atomic(workdir / "config.json", resolved)
-    if finished:
-      train.note(f"{stage}: finished before, skipped")
-      continue
-    references = {}
-    if stage == parsed.stages[0]:
-      with jax.set_mesh(mesh):
-        frozen = sharding.put_tree(task.frozen, mesh)
-        references = task.references(frozen, EvalContext(mesh))
-        del frozen
-    result = train.run_stage(task, parsed, mesh, workdir)
-    if chief:
-      walls = writers.read_summary(workdir).get("wall_seconds", {})
-      walls[stage] = round(result.wall_seconds, 1)
-      walls["total"] = round(sum(v for k, v in walls.items() if k != "total"))
-      writers.update_summary(
-        workdir,
-        {
-          **references,
-          stage: result.metrics,
-          "wall_seconds": walls,
-          "device": _device(),
-          "versions": _versions(),
-        },
-      )
-      report.write_report(workdir)
+  task = make_task(stage, config, workdir)
+  finished = train.is_finished(task, config, workdir)  # or another model's
+  train.check_data(task, config)
+  if chief and stage == config.stages[0]:
+    writers.write_json_atomic(workdir / "config.json", resolved)
+  if finished:
+    train.note(f"{stage}: finished before, skipped")
+    return
+  references = {}
+  if stage == config.stages[0]:
+    with jax.set_mesh(mesh):
+      frozen = sharding.put_tree(task.frozen, mesh)
+      references = task.references(frozen, EvalContext(mesh))
+      del frozen
+  result = train.run_stage(task, config, mesh, workdir)
   if chief:
-    train.note(f"report: {report.write_report(workdir)}")
-  return writers.read_summary(workdir)
+    walls = writers.read_summary(workdir).get("wall_seconds", {})
+    walls[stage] = round(result.wall_seconds, 1)
+    walls["total"] = round(sum(v for k, v in walls.items() if k != "total"))
+    writers.update_summary(
+      workdir,
+      {
+        **references,
+        stage: result.metrics,
+        "wall_seconds": walls,
+        "device": _device(),
+        "versions": _versions(),
+      },
+    )
+    report.write_report(workdir)
 
 
-def _check_machine(config: Config) -> None:
-  """Raises ConfigError if the job does not fit this machine's devices."""
+def _make_mesh(config: Config) -> Any:
+  """The mesh, or a ConfigError if the job does not fit this machine."""
   import jax
 
   from psvae_jax import config_checks, sharding
@@ -134,6 +154,7 @@ def _check_machine(config: Config) -> None:
       "config.compute.dtype='float64' needs JAX in double precision: set "
       "JAX_ENABLE_X64=1, or take 'float32'"
     )
+  return mesh
 
 
 def _device() -> str:
@@ -210,10 +231,11 @@ def main(argv: list[str], overrides: Mapping[str, str]) -> None:
   except ConfigError as error:
     cli.fail(str(error))
   from psvae_jax.checkpoint import CheckpointError
+  from psvae_jax.workdir import WorkdirError
 
   try:
     run(config, workdir)
-  except ConfigError as error:
+  except (ConfigError, WorkdirError) as error:
     cli.fail(str(error))
   except (ValueError, OSError, FloatingPointError, CheckpointError) as error:
     logging.info(traceback.format_exc())

@@ -169,7 +169,7 @@ def reconstruct(
     for i, (path, output, original) in enumerate(good):
       panels = [("original", original)]
       panels += [(f"{k} {figures[k][i]:.2f} dB", made[k][i]) for k in made]
-      panels.append((f"error × {_ERROR_GAIN}", _error(original, panels[-1][1])))
+      panels.append((f"error x {_ERROR_GAIN}", _error(original, panels[-1][1])))
       draw_panels(panels).save(output)
       values = "  ".join(f"{k} {v[i]:.2f} dB" for k, v in figures.items())
       print(f"{path} → {output}  {values}", flush=True)

@@ -13,6 +13,7 @@ import tiny
 
 from psvae_jax import cli, config_parser, main
 from psvae_jax.config import ConfigError
+from psvae_jax.workdir import workdir_lock
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -205,6 +206,14 @@ def test_a_mistake_in_a_later_stage_stops_the_first(job, tmp_path):
   assert "nowhere" in result.stderr
   assert "Traceback" not in result.stderr
   assert not (workdir / "svae").exists()
+
+
+def test_a_workdir_in_use_is_one_line(job, tmp_path):
+  workdir = tmp_path / "run"
+  with workdir_lock(workdir):
+    result = command(f"--config={job}", f"--workdir={workdir}")
+  assert is_one_line(result, "is in use by another run")
+  assert not (workdir / "config.json").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(job, tmp_path):
