@@ -192,6 +192,7 @@ class Checkpointer:
     self._settle()
     self._manager.close()
     if self._unsaved:
+      self._remove_partial()
       step, reason = self._unsaved
       latest = next(iter(files.all_steps(self._folder)), None)
       resumes = "starts over" if latest is None else f"resumes at step {latest}"

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -110,11 +111,21 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def remove_partial(folder: Path) -> None:
-  """Removes what saves that were killed, or failed, have left in `folder`."""
-  if folder.is_dir():
-    for child in folder.iterdir():
-      if child.name.endswith(_TEMPORARY):
-        shutil.rmtree(child, ignore_errors=True)
+  """Removes what saves that were killed, or failed, have left in `folder`.
+
+  TensorStore may still be writing the other arrays of a save that has failed,
+  so a folder that does not go at once is tried again for a moment.
+  """
+  for _ in range(10):
+    partial = [
+      child for child in folder.glob(f"*{_TEMPORARY}") if child.is_dir()
+    ]
+    if not partial:
+      return
+    for child in partial:
+      shutil.rmtree(child, ignore_errors=True)
+    if any(child.exists() for child in partial):
+      time.sleep(0.1)
 
 
 def _item_files(checkpoint: Path) -> list[Path]:
