@@ -153,7 +153,7 @@ def quarantine_file(workdir: Path) -> Path:
   return Path(workdir) / "quarantine.jsonl"
 
 
-def check_data(task: Task, config: Config) -> None:
+def check_data(task: Task, config: Config, workdir: Path) -> None:
   """Opens both splits, so that a wrong folder fails before any training.
 
   Raises:
@@ -161,7 +161,9 @@ def check_data(task: Task, config: Config) -> None:
     ValueError: a split has no images.
   """
   for split in ("train", "validation"):
-    sources.make_source(config.data, split, task.image_size)
+    sources.make_source(
+      config.data, split, task.image_size, quarantine_file(workdir)
+    )
 
 
 def _stage_index(stage: str) -> int:

@@ -439,7 +439,9 @@ class AutoencoderTask:
     self, params: Params, frozen: Params, context: EvalContext
   ) -> dict[str, float]:
     params = {E: frozen["teacher"], **params}
-    return self._evaluator.evaluate(params, context.mesh, context.folder)
+    return self._evaluator.evaluate(
+      params, context.mesh, context.folder, frozen["teacher"]
+    )
 
   def references(
     self, frozen: Params, context: EvalContext
