@@ -75,6 +75,9 @@ def _load_json(path: str) -> Mapping[str, Any]:
 def _place(path: str, error: Exception) -> str:
   """file:line of the config file where `error` came from."""
   frames = traceback.extract_tb(error.__traceback__)
+  package = os.path.dirname(os.path.realpath(__file__))
+  if type(error) is ValueError and frames[-1].filename.startswith(package):
+    return path  # about the argument or a value, not about a line of the file
   own = [
     f.lineno
     for f in frames

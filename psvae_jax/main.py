@@ -110,7 +110,7 @@ def _run_stage(
   chief = jax.process_index() == 0
   task = make_task(stage, config, workdir)
   finished = train.is_finished(task, config, workdir)  # or another model's
-  train.check_data(task, config)
+  train.check_data(task, config, workdir)
   if chief and stage == config.stages[0]:
     writers.write_json_atomic(workdir / "config.json", resolved)
   if finished:

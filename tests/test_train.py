@@ -253,7 +253,7 @@ def test_main_runs_the_job_and_skips_what_is_done(
   "flags, message",
   [
     (["--config=configs/nothing.py"], "nothing.py"),
-    (["--config=configs/psvae.py:nothing"], "no variant 'nothing'"),
+    (["--config=configs/psvae.py:nothing"], "variant 'nothing'"),
     (["--config=configs/psvae.py", "--config.svae.train.stepz=3"], "stepz"),
     (["--config=configs/psvae.py", "--config.data.source=scene"], "'scenes'"),
     (["--config=configs/psvae.py:photos"], "--config.data.root=FOLDER"),
