@@ -293,7 +293,7 @@ class _Run:
         # A line of metrics must not be younger than its checkpoint.
         self._log()
         self._watch(keep=0)
-        self._save(final=last)
+        self._save()
       if last:
         return
       batch = next(self.iterator)
@@ -304,6 +304,7 @@ class _Run:
           self.state, self.frozen, batch, self.rng
         )
       self.step += 1
+      self.checkpointer.poll()
       self.guard.record(self.step, flags, sorted(metrics), examples)
       # The step just dispatched runs while the one before it is read.
       self._log()
@@ -331,7 +332,7 @@ class _Run:
   def _evaluate(self) -> dict[str, float]:
     return self.task.evaluate(self.state.ema_params, self.frozen, self.context)
 
-  def _save(self, final: bool = False) -> None:
+  def _save(self) -> None:
     self.checkpointer.save(
       self.step,
       self.state,
@@ -347,10 +348,14 @@ class _Run:
     for skipped in self.guard.flush(keep):
       note(f"{self.task.name}: skipped {skipped.describe()}")
     error = self.guard.error()
-    if error is not None:
-      self._save(final=True)
+    if error is None:
+      return
+    self._save()
+    try:
       self.checkpointer.close()
-      raise error
+    except ckpt.CheckpointError as failed:  # a full disk: say both
+      raise error from failed
+    raise error
 
   def _log(self) -> None:
     """Writes the metrics of an earlier step."""
