@@ -9,7 +9,7 @@ workdir, provenance.json included, is what ships in `psvae_jax/assets/`.
 
 import ml_collections
 
-from psvae_jax.config_parser import with_defaults
+from psvae_jax.config.parser import with_defaults
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

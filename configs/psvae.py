@@ -39,8 +39,8 @@ or rFID of "base".
 
 import ml_collections
 
-from psvae_jax.config_argument import parse_argument, positive_int
-from psvae_jax.config_parser import with_defaults
+from psvae_jax.config.argument import parse_argument, positive_int
+from psvae_jax.config.parser import with_defaults
 
 _OPTIONS = {
   "channels": positive_int,

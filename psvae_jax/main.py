@@ -19,8 +19,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from psvae_jax import cli, config_parser
+from psvae_jax import cli
 from psvae_jax.config import Config, ConfigError
+from psvae_jax.config import parser as config_parser
 
 USAGE = """\
 Usage: python -m psvae_jax.main --config=FILE[:VARIANT] [--workdir=DIR] [FLAGS]
@@ -144,7 +145,8 @@ def _make_mesh(config: Config) -> Any:
   """The mesh, or a ConfigError if the job does not fit this machine."""
   import jax
 
-  from psvae_jax import config_checks, sharding
+  from psvae_jax import sharding
+  from psvae_jax.config import checks as config_checks
 
   config_checks.check_devices(config, len(jax.devices()))
   mesh = sharding.make_mesh(config.mesh)

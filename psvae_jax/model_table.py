@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psvae_jax import cli, config_parser, train, train_state
+from psvae_jax import cli, train, train_state
 from psvae_jax.config import Config, ConfigError
+from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer

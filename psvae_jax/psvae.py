@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psvae_jax import checkpoint, config_parser
+from psvae_jax import checkpoint
 from psvae_jax.config import AutoencoderModel, Config
+from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.pretrained import files

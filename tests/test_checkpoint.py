@@ -13,7 +13,7 @@ import pytest
 from small_disk import filled, mounted
 
 from psvae_jax import checkpoint as ckpt
-from psvae_jax import checkpoint_files
+from psvae_jax.checkpoint import files as checkpoint_files
 from psvae_jax.config import CheckpointConfig
 
 

@@ -9,8 +9,9 @@ import hypothesis.strategies as st
 import pytest
 import tiny
 
-from psvae_jax import config_checks, config_parser
 from psvae_jax.config import ConfigError
+from psvae_jax.config import checks as config_checks
+from psvae_jax.config import parser as config_parser
 from psvae_jax.models.autoencoder import check_sizes
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]

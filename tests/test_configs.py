@@ -6,8 +6,8 @@ import runpy
 import jax
 import pytest
 
-from psvae_jax import config_parser
-from psvae_jax.config_argument import parse_argument, positive_int
+from psvae_jax.config import parser as config_parser
+from psvae_jax.config.argument import parse_argument, positive_int
 from psvae_jax.models import autoencoder
 from psvae_jax.pretrained.encoder import abstract_encoder
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from psvae_jax import config_parser, optim, sharding, train, train_state
+from psvae_jax import optim, sharding, train, train_state
 from psvae_jax.config import ConfigError, MeshConfig
+from psvae_jax.config import parser as config_parser
 from psvae_jax.tasks.autoencoder import AutoencoderTask
 
 MESHES = {

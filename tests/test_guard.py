@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from psvae_jax import checkpoint as ckpt
-from psvae_jax import config_parser, guard, optim, sharding, train, train_state
+from psvae_jax import guard, optim, sharding, train, train_state
 from psvae_jax.config import MeshConfig
+from psvae_jax.config import parser as config_parser
 from psvae_jax.tasks import make_task
 
 

@@ -11,8 +11,9 @@ import time
 import pytest
 import tiny
 
-from psvae_jax import cli, config_parser, main
+from psvae_jax import cli, main
 from psvae_jax.config import ConfigError
+from psvae_jax.config import parser as config_parser
 from psvae_jax.workdir import workdir_lock
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -8,7 +8,8 @@ import jax
 import pytest
 import tiny
 
-from psvae_jax import config_parser, model_table
+from psvae_jax import model_table
+from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.optim import make_optimizer
 from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask

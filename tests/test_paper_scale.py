@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 
-from psvae_jax import config_parser
+from psvae_jax.config import parser as config_parser
 from psvae_jax.optim import make_optimizer
 from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
 from psvae_jax.train import make_train_step

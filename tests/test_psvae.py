@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import psvae_jax
-from psvae_jax import checkpoint, config_parser, train
+from psvae_jax import checkpoint, train
 from psvae_jax.config import MeshConfig
+from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators import image_metrics
 from psvae_jax.models.autoencoder import Autoencoder
 from psvae_jax.psvae import stages_with_checkpoints

@@ -10,7 +10,8 @@ import tiny
 from PIL import Image
 
 import psvae_jax
-from psvae_jax import config_parser, reconstruct
+from psvae_jax import reconstruct
+from psvae_jax.config import parser as config_parser
 from psvae_jax.psvae import PSVAE
 from psvae_jax.tasks import make_task
 

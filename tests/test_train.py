@@ -14,8 +14,9 @@ import pytest
 import tiny
 
 from psvae_jax import checkpoint as ckpt
-from psvae_jax import config_parser, main, optim, sharding, train
+from psvae_jax import main, optim, sharding, train
 from psvae_jax.config import MeshConfig
+from psvae_jax.config import parser as config_parser
 from psvae_jax.pretrained.encoder import load_encoder
 from psvae_jax.tasks import make_task
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import tiny
 
-from psvae_jax import config_parser
 from psvae_jax.config import Config
+from psvae_jax.config import parser as config_parser
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.pretrained.encoder import load_encoder
 

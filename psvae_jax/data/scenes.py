@@ -18,25 +18,25 @@ import operator
 import numpy as np
 
 from psvae_jax.data import captions, scene_render, scene_sampling
-from psvae_jax.data.captions import caption as caption
-from psvae_jax.data.captions import foil_caption as foil_caption
-from psvae_jax.data.captions import parse_caption as parse_caption
-from psvae_jax.data.scene_edits import edit_triple as edit_triple
-from psvae_jax.data.scene_edits import sample_edit as sample_edit
-from psvae_jax.data.scene_render import object_masks as object_masks
-from psvae_jax.data.scene_render import render as render
-from psvae_jax.data.scene_sampling import is_held_out as is_held_out
-from psvae_jax.data.scene_sampling import renew_nuisances as renew_nuisances
-from psvae_jax.data.scene_sampling import sample_scene as sample_scene
-from psvae_jax.data.scene_types import COLOURS as COLOURS
-from psvae_jax.data.scene_types import HUES as HUES
-from psvae_jax.data.scene_types import IMAGE_SIZE as IMAGE_SIZE
-from psvae_jax.data.scene_types import RELATIONS as RELATIONS
-from psvae_jax.data.scene_types import SHAPES as SHAPES
-from psvae_jax.data.scene_types import SIZES as SIZES
-from psvae_jax.data.scene_types import SPLITS as SPLITS
-from psvae_jax.data.scene_types import Scene as Scene
-from psvae_jax.data.scene_types import SceneObject as SceneObject
+from psvae_jax.data.captions import caption, foil_caption, parse_caption
+from psvae_jax.data.scene_edits import edit_triple, sample_edit
+from psvae_jax.data.scene_render import object_masks, render
+from psvae_jax.data.scene_sampling import (
+  is_held_out,
+  renew_nuisances,
+  sample_scene,
+)
+from psvae_jax.data.scene_types import (
+  COLOURS,
+  HUES,
+  IMAGE_SIZE,
+  RELATIONS,
+  SHAPES,
+  SIZES,
+  SPLITS,
+  Scene,
+  SceneObject,
+)
 
 
 def attributes(scene: Scene) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from psvae_jax import config_parser, losses, optim, train, train_state
+from psvae_jax import losses, optim, train, train_state
+from psvae_jax.config import parser as config_parser
 from psvae_jax.tasks.autoencoder import AutoencoderTask
 
 STEPS = 4

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import psvae_jax
-from psvae_jax import config_parser, main
+from psvae_jax import main
 from psvae_jax.config import ConfigError, EvalConfig, MeshConfig
+from psvae_jax.config import parser as config_parser
 from psvae_jax.data.scene_checker import check_caption
 from psvae_jax.data.scenes import SceneSource
 from psvae_jax.evaluators.scenes import SceneProbe

@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from psvae_jax import report_figures as figures
-from psvae_jax import report_page as page
-from psvae_jax.report_curves import is_latent, metric_panels
-from psvae_jax.report_data import Run, Stage
-from psvae_jax.report_images import captions, data_uri, is_images
-from psvae_jax.report_metrics import (
+from psvae_jax.report import figures, page
+from psvae_jax.report.curves import is_latent, metric_panels
+from psvae_jax.report.data import Run, Stage
+from psvae_jax.report.images import captions, data_uri, is_images
+from psvae_jax.report.metrics import (
   format_value,
   is_number,
   rank,
 )
-from psvae_jax.report_tables import latents_table
+from psvae_jax.report.tables import latents_table
 
 _TITLES = {
   "mean": "Mean of μ",

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from psvae_jax import report_page as page
-from psvae_jax.report_data import Run, Stage
-from psvae_jax.report_images import (
+from psvae_jax.report import page
+from psvae_jax.report.data import Run, Stage
+from psvae_jax.report.images import (
   captions,
   data_uri,
   is_images,

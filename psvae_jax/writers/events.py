@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from psvae_jax.append_file import AppendFile
+from psvae_jax.writers.append_file import AppendFile
 
 
 class EventFile:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax import report_page as page
-from psvae_jax.report_data import Run, Stage
-from psvae_jax.report_metrics import (
+from psvae_jax.report import page
+from psvae_jax.report.data import Run, Stage
+from psvae_jax.report.metrics import (
   LATENT_METRICS,
   describe,
   format_value,

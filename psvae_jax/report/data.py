@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from psvae_jax import writers
-from psvae_jax.report_metrics import is_number, rank
+from psvae_jax.report.metrics import is_number, rank
 
 CONFIG_FILE = "config.json"
 SAMPLES_DIR = "samples"

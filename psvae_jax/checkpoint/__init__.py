@@ -21,14 +21,14 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from psvae_jax import checkpoint_files as files
-from psvae_jax import checkpoint_read as reader
-from psvae_jax.checkpoint_fit import (
+from psvae_jax.checkpoint import files
+from psvae_jax.checkpoint import read as reader
+from psvae_jax.checkpoint.fit import (
   CheckpointError,
   check_fingerprint,
   check_tree,
 )
-from psvae_jax.checkpoint_read import (
+from psvae_jax.checkpoint.read import (
   checked_latest_step,
   has_checkpoint,
   restore_ema,

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from psvae_jax import report_figures as figures
-from psvae_jax import report_page as page
-from psvae_jax.report_data import Run
-from psvae_jax.report_metrics import (
+from psvae_jax.report import figures, page
+from psvae_jax.report.data import Run
+from psvae_jax.report.metrics import (
   LATENT_METRICS,
   describe,
   format_value,

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax import report_page as page
 from psvae_jax.progress import format_seconds
-from psvae_jax.report_data import QUARANTINE_FILE, Run, Stage
-from psvae_jax.report_metrics import is_number
+from psvae_jax.report import page
+from psvae_jax.report.data import QUARANTINE_FILE, Run, Stage
+from psvae_jax.report.metrics import is_number
 
 _MISSING = "–"
 _MAX_FAULTS = 20  # the file has them all

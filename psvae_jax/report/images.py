@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax import report_page as page
-from psvae_jax.report_data import Run, Stage
+from psvae_jax.report import page
+from psvae_jax.report.data import Run, Stage
 
 ERROR_GAIN = 4
 _MAX_IMAGES = 12  # of a sample set; more would make the file heavy

@@ -28,8 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from psvae_jax.append_file import AppendFile
-from psvae_jax.events import EventFile
+from psvae_jax.writers.append_file import AppendFile
+from psvae_jax.writers.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"

@@ -16,7 +16,7 @@ from workdirs import (
 
 from psvae_jax import writers
 from psvae_jax.report import write_report
-from psvae_jax.report_data import read_run
+from psvae_jax.report.data import read_run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from psvae_jax.report_style import STYLE
+from psvae_jax.report.style import STYLE
 
 
 def text(value: object) -> str:

@@ -14,8 +14,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from psvae_jax import config_checks
 from psvae_jax.config import STAGES, Config, ConfigError, nearest
+from psvae_jax.config import checks as config_checks
 
 # JAX counts in 32 bits unless told otherwise.
 _INT_LIMIT = 2**31

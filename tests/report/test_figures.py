@@ -9,9 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from psvae_jax.report_figures import Curve, curve_svg
-from psvae_jax.report_images import absolute_error, data_uri, heat, image_psnr
-from psvae_jax.report_metrics import describe, format_value
+from psvae_jax.report.figures import Curve, curve_svg
+from psvae_jax.report.images import absolute_error, data_uri, heat, image_psnr
+from psvae_jax.report.metrics import describe, format_value
 
 
 def test_marks_stand_where_the_adversarial_term_begins():

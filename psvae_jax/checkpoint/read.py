@@ -12,14 +12,14 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from psvae_jax import checkpoint_files as files
-from psvae_jax.checkpoint_files import DamagedCheckpointError
-from psvae_jax.checkpoint_fit import (
+from psvae_jax.checkpoint import files
+from psvae_jax.checkpoint.files import DamagedCheckpointError
+from psvae_jax.checkpoint.fit import (
   CheckpointError,
   check_fingerprint,
   check_tree,
 )
-from psvae_jax.checkpoint_noise import silence
+from psvae_jax.checkpoint.noise import silence
 
 _T = TypeVar("_T")
 # None of them says anything about the files on the disk.

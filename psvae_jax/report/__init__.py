@@ -6,24 +6,21 @@ It reads the files of the workdir and nothing else, may be called at any time,
 and shows what is there: one stage or several, finished or running.
 """
 
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from psvae_jax import report_data as data
-from psvae_jax import report_figures as figures
-from psvae_jax import report_page as page
 from psvae_jax import writers
 from psvae_jax.progress import format_seconds
-from psvae_jax.report_curves import curves_section
-from psvae_jax.report_features import features_section
-from psvae_jax.report_images import images_section
-from psvae_jax.report_latents import latents_section
-from psvae_jax.report_metrics import describe, format_value, is_number
-from psvae_jax.report_run import (
+from psvae_jax.report import data, figures, page
+from psvae_jax.report.curves import curves_section
+from psvae_jax.report.features import features_section
+from psvae_jax.report.images import images_section
+from psvae_jax.report.latents import latents_section
+from psvae_jax.report.metrics import describe, format_value, is_number
+from psvae_jax.report.run import (
   data_phrase,
   fault_phrase,
   model_phrase,
@@ -31,7 +28,7 @@ from psvae_jax.report_run import (
   run_section,
   wall_seconds,
 )
-from psvae_jax.report_tables import results_section
+from psvae_jax.report.tables import results_section
 
 REPORT_FILE = "report.html"
 
@@ -145,9 +142,3 @@ def _alarms(run: data.Run) -> Iterable[str]:
         names.append(f"{name} (first at step {int(bad[0]):,})")
     if names:
       yield f"Non-finite values in {stage.title}: {', '.join(names)}."
-
-
-if __name__ == "__main__":
-  if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-    sys.exit("usage: python -m psvae_jax.report WORKDIR")
-  print(write_report(Path(sys.argv[1])))
