@@ -26,7 +26,8 @@ from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer
 from psvae_jax.pretrained.encoder import abstract_encoder
 from psvae_jax.tasks import autoencoder
-from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks.autoencoder import AutoencoderTask
+from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train_state import TrainState
 
 USAGE = """\

@@ -103,31 +103,6 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch(
-  batch_size: int, mesh: Mesh, field: str, accumulate: int = 1
-) -> None:
-  """Checks that every micro-batch of a global batch divides over the mesh.
-
-  Args:
-    batch_size: examples of a step.
-    mesh: where they are spread.
-    field: the batch size's name in the config.
-    accumulate: micro-batches the batch is cut into.
-
-  Raises:
-    ConfigError: it does not divide; the message names a size that would.
-  """
-  shards = batch_shards(mesh)
-  unit = shards * accumulate
-  if batch_size % unit:
-    near = max(unit, batch_size // unit * unit)
-    parts = f"{accumulate} micro-batches on " if accumulate > 1 else ""
-    raise ConfigError(
-      f"config.{field}={batch_size} does not divide over {parts}the "
-      f"{shards} shards of mesh axes data × fsdp; {near} would"
-    )
-
-
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """This host's slice of a batch → global arrays on the mesh."""
   sharding = batch_sharding(mesh)

@@ -14,6 +14,7 @@ from psvae_jax import checkpoint as ckpt
 from psvae_jax import guard as guard_lib
 from psvae_jax import sharding, train_state
 from psvae_jax.config import STAGES, Config
+from psvae_jax.config.checks import check_shards
 from psvae_jax.data import pipeline, sources
 from psvae_jax.optim import make_optimizer
 from psvae_jax.progress import Progress
@@ -202,9 +203,7 @@ def run_stage(
     NonFiniteError: too many steps in a row were skipped; the state is saved.
     CheckpointError: the workdir holds another model's checkpoints.
   """
-  train = config.sections[task.name].train
-  batch_field = f"{task.name}.train.batch_size"
-  sharding.check_batch(train.batch_size, mesh, batch_field, train.accumulate)
+  check_shards(config, sharding.batch_shards(mesh))
   with jax.set_mesh(mesh):
     run = _Run(task, config, mesh, Path(workdir))
     with run.writer, run.progress:
@@ -366,12 +365,9 @@ class _Run:
     values = {
       k: float(np.asarray(v)) for k, v in jax.device_get(metrics).items()
     }
-    self.writer.write(
-      step,
-      {
-        **values,
-        "train/skipped_steps": self.guard.total,
-        "perf/images_per_second": self.progress.images_per_second,
-      },
-    )
+    values["train/skipped_steps"] = self.guard.total
+    rate = self.progress.images_per_second
+    if np.isfinite(rate):  # not before the second step
+      values["perf/images_per_second"] = rate
+    self.writer.write(step, values)
     self.progress.show(values)

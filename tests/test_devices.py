@@ -157,12 +157,6 @@ def test_bad_meshes(sizes, message):
     sharding.make_mesh(MeshConfig(**sizes), jax.devices())
 
 
-def test_batch_must_divide():
-  mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices())
-  with pytest.raises(ConfigError, match=r"svae\.train\.batch_size=12.*8 would"):
-    sharding.check_batch(12, mesh, "svae.train.batch_size")
-
-
 def test_sharding_falls_back_where_a_dimension_does_not_divide():
   mesh = sharding.make_mesh(MeshConfig(fsdp=8), jax.devices())
   tree = {"fc1": {"kernel": jax.ShapeDtypeStruct((12, 16), jnp.float32)}}

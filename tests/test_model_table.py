@@ -12,7 +12,8 @@ from psvae_jax import model_table
 from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.optim import make_optimizer
-from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks.autoencoder import AutoencoderTask
+from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train import make_train_step
 from psvae_jax.train_state import create
 

@@ -20,7 +20,8 @@ import tiny
 
 from psvae_jax.config import parser as config_parser
 from psvae_jax.optim import make_optimizer
-from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks.autoencoder import AutoencoderTask
+from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train import make_train_step
 from psvae_jax.train_state import create
 

@@ -337,8 +337,8 @@ class DiscriminatorConfig:
   Attributes:
     kind: "patch" (LDM's PatchGAN) or "dino" (RAE's: heads on the frozen
       features of DINO ViT-S/8).
-    norm: "group", or "batch" to match the published ones ("patch": over the
-      batch; "dino": over groups of eight images).
+    norm: "group"; "batch" as first published ("patch", LDM's: over the batch;
+      "dino", StyleGAN-T's: over groups of eight images); or "instance" (RAE's).
     channels, num_layers: of the PatchGAN.
     weights: folder or Hub id of DINO ViT-S/8, e.g. facebook/dino-vits8.
     augment: DiffAug's operations on what the discriminator sees, among

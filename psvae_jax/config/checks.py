@@ -31,7 +31,7 @@ _CHOICES = {
   "model.final_norm": ("affine", "affine_free"),
   "model.pixel_decoder.kind": ("conv", "vit"),
   "discriminator.kind": ("patch", "dino"),
-  "discriminator.norm": ("group", "batch"),
+  "discriminator.norm": ("group", "batch", "instance"),
   "discriminator.augment": ("color", "translation", "cutout"),
   "*.optim.name": ("adamw", "muon"),
   "*.optim.schedule": ("cosine", "linear", "constant"),

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from psvae_jax.config import Config
-from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks.autoencoder import AutoencoderTask
 from psvae_jax.tasks.base import Task
 from psvae_jax.tasks.encoder import EncoderTask
+from psvae_jax.tasks.routes import ROUTES
 
 
 def make_task(stage: str, config: Config, workdir: Path) -> Task:

@@ -10,8 +10,9 @@ import tiny
 from psvae_jax.config import parser as config_parser
 from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer
-from psvae_jax.tasks import autoencoder
-from psvae_jax.tasks.autoencoder import ROUTES, AutoencoderTask
+from psvae_jax.tasks import autoencoder, routes
+from psvae_jax.tasks.autoencoder import AutoencoderTask
+from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train import make_train_step
 from psvae_jax.train_state import create
 
@@ -198,7 +199,7 @@ def test_fingerprint_is_of_the_model_alone(encoder_folder):
 
 def test_route_that_skips_the_encoder_is_refused():
   with pytest.raises(ValueError, match="semantic_encoder"):
-    autoencoder.Route(
+    routes.Route(
       semantic_tuned=("encoder",),
       semantic_decoded=("encoder", "semantic_encoder", "semantic_decoder"),
       kl=("semantic_encoder",),
