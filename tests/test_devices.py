@@ -26,29 +26,25 @@ def encoder_folder(tmp_path_factory):
   return tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def make_task(encoder_folder, stage, decoder="vit", dtype="float32"):
-  raw = tiny.config(encoder_folder)
+def make_task(
+  encoder_folder, stage, decoder="vit", dtype="float32", accumulate=1
+):
+  """A stage with the adversarial term at work from the first step on."""
+  raw = tiny.adversarial_config(encoder_folder, decoder=decoder)
+  raw[stage].train.accumulate = accumulate
   raw.compute.dtype = dtype
   raw[stage].optim.eps = 1e-3
-  if decoder == "conv":
-    raw.model.output_size = 32
-    raw.model.pixel_decoder = dict(
-      kind="conv",
-      channels=64,  # two a GroupNorm group: with one, biases before it are idle
-      channel_mult=(1, 1),
-      num_res_blocks=1,
-      output_patch=4,
-    )
+  raw[stage].discriminator_optim.eps = 1e-3
   return AutoencoderTask(stage, config_parser.parse(raw), encoder_folder)
 
 
 @functools.cache
-def trained(encoder_folder, stage, decoder, mesh_name, dtype):
-  """Parameters after 3 steps, and the first step's gradients."""
+def trained(encoder_folder, stage, decoder, mesh_name, dtype, accumulate=1):
+  """Parameters after 3 steps; gradients and λ of the first."""
   count = 1 if mesh_name == "one" else 8
   sizes = {} if mesh_name == "one" else MESHES[mesh_name]
   mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-  task = make_task(encoder_folder, stage, decoder, dtype)
+  task = make_task(encoder_folder, stage, decoder, dtype, accumulate)
 
   def cast(tree):
     return jax.tree.map(lambda x: np.asarray(x, dtype), tree)
@@ -67,8 +63,9 @@ def trained(encoder_folder, stage, decoder, mesh_name, dtype):
     @jax.jit
     def step(state, frozen, batch, rng):
       step_rng = jax.random.fold_in(rng, state.step)
-      grads, *_ = task.gradients(state, frozen, batch, step_rng)
-      return train_step(state, frozen, batch, rng)[0], grads
+      grads, _, metrics = task.gradients(state, frozen, batch, step_rng)
+      state = train_step(state, frozen, batch, rng)[0]
+      return state, (grads, metrics["gan_weight"])
 
     rng = jax.random.key(7)
     batch = sharding.put_batch(tiny.batch(16, task.image_size), mesh)
@@ -79,16 +76,17 @@ def trained(encoder_folder, stage, decoder, mesh_name, dtype):
 
 
 @pytest.mark.parametrize(
-  "stage, decoder, mesh_name",
-  [("svae", "vit", "data"), ("psvae", "vit", "mixed")],
+  "stage, mesh_name, accumulate",
+  [("svae", "data", 2), ("psvae", "mixed", 1)],
 )
 def test_float64_parameters_equal_after_3_steps(
-  encoder_folder, stage, decoder, mesh_name
+  encoder_folder, stage, mesh_name, accumulate
 ):
-  case = encoder_folder, stage, decoder
+  """One device and the whole batch; eight devices, also in micro-batches."""
+  case = encoder_folder, stage, "vit"
   with jax.enable_x64(True):
     one, _ = trained(*case, "one", "float64")
-    many, _ = trained(*case, mesh_name, "float64")
+    many, _ = trained(*case, mesh_name, "float64", accumulate)
   assert {x.dtype for x in jax.tree.leaves(one)} == {np.dtype("float64")}
   chex.assert_trees_all_close(one, many, rtol=0, atol=1e-9)
 
@@ -101,8 +99,10 @@ def test_float32_gradients_and_parameters_equal(
   encoder_folder, stage, decoder, mesh_name
 ):
   case = encoder_folder, stage, decoder
-  params_one, one = trained(*case, "one", "float32")
-  params_many, many = trained(*case, mesh_name, "float32")
+  params_one, (one, weight) = trained(*case, "one", "float32")
+  params_many, (many, found) = trained(*case, mesh_name, "float32")
+  assert "discriminator" in one and weight > 0
+  assert found == pytest.approx(weight, rel=1e-4)
   scale = max(float(np.linalg.norm(x)) for x in jax.tree.leaves(one))
 
   def check(path, a, b):
