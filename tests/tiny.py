@@ -99,6 +99,7 @@ def adversarial_config(
       output_patch=4,
     )
   raw.discriminator = dict(kind="patch", channels=8, num_layers=2)
+  raw.compute.convolution = "matmul"  # the CPU's way
   for stage in raw.stages:
     raw[stage].discriminator_optim = dict(
       name="adamw", learning_rate=1e-3, b1=0.5, b2=0.9, clip=0.0

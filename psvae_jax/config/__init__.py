@@ -374,11 +374,14 @@ class ComputeConfig:
       "float64" where JAX runs in double precision.
     remat: recompute block activations in the backward pass.
     unroll: blocks per iteration of a scanned stack.
+    convolution: "native", or "matmul": as slices and matrix products, which
+      CPUs want where convolutions stand in a loop or under a condition.
   """
 
   dtype: str = "float32"
   remat: bool = False
   unroll: int = 1
+  convolution: str = "native"
 
 
 # Stage name → (type of `config.model`, type of the stage's own section).

@@ -28,6 +28,7 @@ _CHOICES = {
   "data.augment": ("none", "center", "crop", "crop_flip"),
   "eval.probe": ("scenes", "none"),
   "compute.dtype": ("float32", "bfloat16", "float64"),
+  "compute.convolution": ("native", "matmul"),
   "model.final_norm": ("affine", "affine_free"),
   "model.pixel_decoder.kind": ("conv", "vit"),
   "discriminator.kind": ("patch", "dino"),

@@ -149,7 +149,7 @@ def build(
       final_norm=config.final_norm, **semantic(config.semantic_decoder)
     ),
     pixel_decoder=_pixel_decoder(
-      config.pixel_decoder, config.output_size, shared
+      config.pixel_decoder, config.output_size, compute.convolution, shared
     ),
   )
 
@@ -222,7 +222,7 @@ def _check_conv_decoder(
 
 
 def _pixel_decoder(
-  config: PixelDecoderConfig, output_size: int, shared: dict
+  config: PixelDecoderConfig, output_size: int, convolution: str, shared: dict
 ) -> nn.Module:
   """The decoder that `config.kind` names."""
   if config.kind == "vit":
@@ -238,6 +238,7 @@ def _pixel_decoder(
       output_size=output_size,
       overlap=config.overlap,
       refine_channels=config.refine_channels,
+      convolution=convolution,
       **shared,
     )
   return ConvPixelDecoder(
@@ -247,4 +248,5 @@ def _pixel_decoder(
     output_patch=config.output_patch,
     remat=shared["remat"],
     dtype=shared["dtype"],
+    convolution=convolution,
   )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from psvae_jax.config import ComputeConfig, DiscriminatorConfig, nearest
 from psvae_jax.models import layers
+from psvae_jax.models.convolution import convolution
 from psvae_jax.models.spectral import SpectralConv, advance_spectral
 
 KINDS = ("patch", "dino")
@@ -108,12 +109,14 @@ class PatchDiscriminator(nn.Module):
       or "instance". A convolution before the latter two has no bias: their
       mean takes it out.
     dtype: compute dtype.
+    convolution: "native" or "matmul"; see `models.convolution`.
   """
 
   channels: int = 64
   num_layers: int = 3
   norm: str = "group"
   dtype: layers.Dtype = jnp.float32
+  convolution: str = "native"
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -140,6 +143,7 @@ class PatchDiscriminator(nn.Module):
         use_bias=bias,
         kernel_init=nn.initializers.normal(0.02),
         dtype=dtype,
+        conv_general_dilated=convolution(self.convolution),
         name=name,
       )
 
@@ -340,7 +344,11 @@ def build_discriminator(
   dtype = jnp.dtype(compute.dtype)
   if config.kind == "patch":
     module = PatchDiscriminator(
-      config.channels, config.num_layers, config.norm, dtype
+      config.channels,
+      config.num_layers,
+      config.norm,
+      dtype,
+      compute.convolution,
     )
     return Discriminator(module)
   if dino is None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psvae_jax.models import layers
+from psvae_jax.models.convolution import convolution
 from psvae_jax.models.latent import sincos_positions
 
 GROUP_NORM_EPS = 1e-6  # LDM's, not the framework's 1e-5
@@ -47,6 +48,7 @@ class ConvPixelDecoder(nn.Module):
     out_channels: image channels.
     remat: recompute res and attention blocks in the backward pass.
     dtype: compute dtype; norms, softmax and `conv_out` are float32.
+    convolution: "native" or "matmul"; see `models.convolution`.
   """
 
   channels: int = 128
@@ -57,6 +59,7 @@ class ConvPixelDecoder(nn.Module):
   out_channels: int = 3
   remat: bool = False
   dtype: layers.Dtype = jnp.float32
+  convolution: str = "native"
 
   @property
   def last_layer_path(self) -> tuple[str, ...]:
@@ -67,23 +70,28 @@ class ConvPixelDecoder(nn.Module):
     res_block = nn.remat(ResBlock) if self.remat else ResBlock
     attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
     widths = [self.channels * mult for mult in reversed(self.channel_mult)]
+    how = self.dtype, self.convolution
 
-    x = _conv3x3(widths[0], self.dtype, "conv_in")(z)
-    x = res_block(widths[0], self.dtype, name="mid_res0")(x)
+    x = _conv3x3(widths[0], *how, "conv_in")(z)
+    x = res_block(widths[0], *how, name="mid_res0")(x)
     if self.attention:
       x = attention(self.dtype, name="mid_attention")(x)
-    x = res_block(widths[0], self.dtype, name="mid_res1")(x)
+    x = res_block(widths[0], *how, name="mid_res1")(x)
     for level, width in enumerate(widths):
       for i in range(self.num_res_blocks + 1):
-        x = res_block(width, self.dtype, name=f"up{level}_res{i}")(x)
+        x = res_block(width, *how, name=f"up{level}_res{i}")(x)
         if self.attention and level == 0:
           x = attention(self.dtype, name=f"up{level}_attention{i}")(x)
       if level < len(widths) - 1:
         x = _nearest_double(x)
-        x = _conv3x3(width, self.dtype, f"up{level}_upsample")(x)
+        x = _conv3x3(
+          width, self.dtype, self.convolution, f"up{level}_upsample"
+        )(x)
     x = nn.silu(_group_norm(x, "norm_out"))
     outputs = self.output_patch**2 * self.out_channels
-    x = _conv3x3(outputs, layers.wide(self.dtype), "conv_out")(x)
+    x = _conv3x3(
+      outputs, layers.wide(self.dtype), self.convolution, "conv_out"
+    )(x)
     return _depth_to_space(x, self.output_patch)
 
 
@@ -92,13 +100,14 @@ class ResBlock(nn.Module):
 
   features: int
   dtype: layers.Dtype = jnp.float32
+  convolution: str = "native"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     y = nn.silu(_group_norm(x, "norm1")).astype(self.dtype)
-    y = _conv3x3(self.features, self.dtype, "conv1")(y)
+    y = _conv3x3(self.features, self.dtype, self.convolution, "conv1")(y)
     y = nn.silu(_group_norm(y, "norm2")).astype(self.dtype)
-    y = _conv3x3(self.features, self.dtype, "conv2")(y)
+    y = _conv3x3(self.features, self.dtype, self.convolution, "conv2")(y)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
     return x + y
@@ -147,6 +156,7 @@ class ViTPixelDecoder(nn.Module):
     remat: recompute block activations in the backward pass.
     unroll: blocks per iteration of the compiled loop.
     dtype: compute dtype; the last layer is float32.
+    convolution: of the refinement, "native" or "matmul".
   """
 
   block: layers.BlockConfig
@@ -158,6 +168,7 @@ class ViTPixelDecoder(nn.Module):
   remat: bool = False
   unroll: int = 1
   dtype: layers.Dtype = jnp.float32
+  convolution: str = "native"
 
   @property
   def last_layer_path(self) -> tuple[str, ...]:
@@ -193,9 +204,13 @@ class ViTPixelDecoder(nn.Module):
     image = overlap_add(x, self.overlap)
     if not self.refine_channels:
       return image
-    y = _conv3x3(self.refine_channels, self.dtype, "refine_in")(image)
+    y = _conv3x3(
+      self.refine_channels, self.dtype, self.convolution, "refine_in"
+    )(image)
     y = nn.gelu(y, approximate=False)
-    return image + _conv3x3(self.out_channels, wide, "refine_out")(y)
+    return image + _conv3x3(
+      self.out_channels, wide, self.convolution, "refine_out"
+    )(y)
 
 
 def last_layer(
@@ -273,8 +288,17 @@ def _fold(
   )
 
 
-def _conv3x3(features: int, dtype: layers.Dtype, name: str) -> nn.Conv:
-  return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+def _conv3x3(
+  features: int, dtype: layers.Dtype, kind: str, name: str
+) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (3, 3),
+    padding=1,
+    dtype=dtype,
+    conv_general_dilated=convolution(kind),
+    name=name,
+  )
 
 
 def _group_norm(x: jax.Array, name: str) -> jax.Array:
