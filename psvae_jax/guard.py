@@ -1,14 +1,15 @@
 """Steps whose loss or gradient is not finite are skipped, counted and named.
 
-On the device, `check` turns a step's metrics into one vector of flags, and the
+On the device, `check` turns a step's figures into one vector of flags, and the
 step keeps its old state where one of them is down. On the host, `Guard` reads
-those vectors some steps later, so that no step waits for it, writes the skipped
-ones to `skipped_steps.jsonl` and says when too many came in a row.
+those vectors a step late, so that the device never waits for it, writes the
+skipped ones to `skipped_steps.jsonl` and says when too many came in a row.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psvae_jax.writers import cut_back
+from psvae_jax.writers.append_file import AppendFile
 
 SKIPPED_FILE = "skipped_steps.jsonl"
 
@@ -25,23 +27,29 @@ _MAX_EXAMPLES = 256  # named in a line of the file
 
 
 class NonFiniteError(FloatingPointError):
-  """Too many steps in a row were not finite; the message says where it began.
+  """Too many steps in a row were not finite; the message says where it began."""
 
-  The state before the first of them is what the run holds and has saved.
+
+def checked(metrics: Iterable[str]) -> list[str]:
+  """Names of the figures that decide, sorted: all but the updates' norms.
+
+  Those would need every update while the old state is still alive: twice the
+  memory of the optimizer's part of a step.
   """
+  return sorted(name for name in metrics if "update_norm/" not in name)
 
 
-def check(metrics: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def check(metrics: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Flags of a step, inside jit.
 
   Args:
-    metrics: scalars of the step, gradient and update norms included.
+    metrics: scalars of the step, the norms of all gradients among them.
 
   Returns:
-    Whether all are finite (scalar), and which are: (n,) bool in the order of
-    the sorted names.
+    Whether all that are `checked` are finite (scalar), and which are: (n,) bool
+    in their order.
   """
-  flags = jnp.stack([jnp.isfinite(metrics[name]) for name in sorted(metrics)])
+  flags = jnp.stack([jnp.isfinite(metrics[name]) for name in checked(metrics)])
   return jnp.all(flags), flags
 
 
@@ -106,19 +114,21 @@ class Guard:
     total: int = 0,
     start_step: int = 0,
   ) -> None:
-    self._file = None if folder is None else Path(folder) / SKIPPED_FILE
-    if self._file is not None and self._file.exists():
-      cut_back(self._file, start_step)
+    self._path = None if folder is None else Path(folder) / SKIPPED_FILE
+    if self._path is not None and self._path.exists():
+      cut_back(self._path, start_step)
     self._max_skipped = max_skipped
     self._waiting: list[tuple[int, Any, Sequence[str], Any]] = []
-    self._row: list[SkippedStep] = []  # the last steps, if all were skipped
+    self._first: SkippedStep | None = None  # of the row that goes on
+    self._length = 0
+    self._error: NonFiniteError | None = None
     self.total = total
 
   def record(
     self,
     step: int,
     flags: jax.Array,
-    names: Sequence[str],
+    metrics: Iterable[str],
     examples: np.ndarray | None,
   ) -> None:
     """Takes the flags of a dispatched step; reads nothing yet.
@@ -126,14 +136,10 @@ class Guard:
     Args:
       step: 1-based number of the step.
       flags: second result of `check`, on the device.
-      names: sorted names of the metrics.
+      metrics: names of the step's figures.
       examples: (b,) indices of this host's examples, or None.
     """
-    self._waiting.append((step, flags, names, examples))
-
-  def due(self) -> bool:
-    """Whether enough steps wait for a row of skipped ones to be complete."""
-    return len(self._waiting) > self._max_skipped
+    self._waiting.append((step, flags, checked(metrics), examples))
 
   def flush(self, keep: int = 0) -> list[SkippedStep]:
     """Reads the flags that wait, but for the newest `keep`.
@@ -149,48 +155,47 @@ class Guard:
     all_flags = jax.device_get([flags for _, flags, _, _ in taken])
     for (step, _, names, examples), flags in zip(taken, all_flags, strict=True):
       if np.all(flags):
-        self._row = []
+        self._length = 0
         continue
       bad = tuple(n for n, ok in zip(names, flags, strict=True) if not ok)
       indices = () if examples is None else tuple(int(i) for i in examples)
       found.append(SkippedStep(step, step - 1, bad, indices[:_MAX_EXAMPLES]))
-      self._row.append(found[-1])
-      self._row = self._row[: self._max_skipped + 1]  # its beginning is enough
+      self._extend(found[-1])
     self.total += len(found)
     self._write(found)
     return found
 
   def error(self) -> NonFiniteError | None:
-    """The reason to stop, if the last steps were all skipped."""
-    if len(self._row) < self._max_skipped:
-      return None
-    first = self._row[0]
-    return NonFiniteError(
-      f"{self._max_skipped} steps in a row were skipped, beginning at "
-      f"{first.describe()}. The parameters are those before it, and are saved. "
-      f"{SKIPPED_FILE} names the examples. Look at those, lower the learning "
-      "rate, or raise config.guard.max_skipped; the same command goes on from "
-      "here."
-    )
+    """The reason to stop, once a row was long enough."""
+    return self._error
+
+  def _extend(self, skipped: SkippedStep) -> None:
+    """Counts the row; a later good step does not undo that it was too long."""
+    if not self._length:
+      self._first = skipped
+    self._length += 1
+    if self._length == self._max_skipped and self._error is None:
+      self._error = NonFiniteError(
+        f"{self._max_skipped} steps in a row were skipped, beginning at "
+        f"{self._first.describe()}. None of them has changed a parameter; "
+        f"{SKIPPED_FILE} names their examples. Look at those, lower the "
+        "learning rate, or raise config.guard.max_skipped."
+      )
 
   def _write(self, found: list[SkippedStep]) -> None:
-    if self._file is None or not found:
+    """One line a skipped step; a full disk must not end a run that can go on."""
+    if self._path is None or not found:
       return
-    lines = [
-      json.dumps(
-        {
+    with contextlib.suppress(OSError):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      file = AppendFile(self._path)
+      for step in found:
+        record = {
           "step": step.step,
           "batch": step.batch,
           "not_finite": step.bad,
           "modules": step.modules,
           "examples": step.examples,
         }
-      )
-      for step in found
-    ]
-    try:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
-      with self._file.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    except OSError:  # a full disk must not end a run that can go on
-      return
+        file.append(json.dumps(record).encode() + b"\n")
+      file.close()

@@ -43,8 +43,8 @@ def make_train_step(
 ):
   """Builds `train_step(state, frozen, batch, rng) -> (state, metrics, flags)`.
 
-  A step whose loss, gradients or updates are not all finite leaves the state
-  as it was, but for the step counter; `flags` says which (`guard.check`).
+  A step whose losses and gradients are not all finite leaves the state as it
+  was, but for the step counter; `flags` says which (`guard.check`).
   """
 
   def train_step(state, frozen, batch, rng):
@@ -58,6 +58,7 @@ def make_train_step(
       metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
       metrics[f"update_norm/{name}"] = optax.global_norm(updates[name])
     metrics = {f"train/{k}": v for k, v in metrics.items()}
+    # The old state survives as long as `finite` is open.
     finite, flags = guard_lib.check(metrics)
     return train_state.skip(state, new_state, finite), metrics, flags
 
@@ -200,7 +201,7 @@ def run_stage(
     Final figures, and the state.
 
   Raises:
-    NonFiniteError: too many steps in a row were skipped; the state is saved.
+    NonFiniteError: too many steps in a row were skipped.
     CheckpointError: the workdir holds another model's checkpoints.
   """
   check_shards(config, sharding.batch_shards(mesh))
@@ -304,11 +305,10 @@ class _Run:
         )
       self.step += 1
       self.checkpointer.poll()
-      self.guard.record(self.step, flags, sorted(metrics), examples)
+      self.guard.record(self.step, flags, metrics, examples)
       # The step just dispatched runs while the one before it is read.
       self._log()
-      if self.guard.due():
-        self._watch(keep=1)
+      self._watch(keep=1)
       if self.step % self.settings.log_every == 0 or self.step == steps:
         self.pending = (self.step, metrics)
       self.progress.advance(self.step)
@@ -344,17 +344,24 @@ class _Run:
 
   def _watch(self, keep: int) -> None:
     """Names skipped steps; saves and stops where too many came in a row."""
-    for skipped in self.guard.flush(keep):
-      note(f"{self.task.name}: skipped {skipped.describe()}")
+    self._name_skipped(keep)
     error = self.guard.error()
     if error is None:
       return
+    self._name_skipped(keep=0)  # the step in flight
     self._save()
     try:
       self.checkpointer.close()
-    except ckpt.CheckpointError as failed:  # a full disk: say both
-      raise error from failed
-    raise error
+    except ckpt.CheckpointError as failed:
+      raise guard_lib.NonFiniteError(f"{error} And {failed}") from failed
+    raise guard_lib.NonFiniteError(
+      f"{error} The state is saved at step {self.step}: the same command goes "
+      "on from there."
+    )
+
+  def _name_skipped(self, keep: int) -> None:
+    for skipped in self.guard.flush(keep):
+      note(f"{self.task.name}: skipped {skipped.describe()}")
 
   def _log(self) -> None:
     """Writes the metrics of an earlier step."""

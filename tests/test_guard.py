@@ -23,6 +23,7 @@ def encoder_folder(tmp_path_factory):
 
 def test_check_flags_what_is_not_finite():
   metrics = {"b": jnp.float32(1), "a": jnp.float32(np.nan), "c": jnp.inf}
+  metrics["update_norm/x"] = jnp.float32(np.nan)  # takes no part
   finite, flags = jax.jit(guard.check)(metrics)
   assert not bool(finite)
   assert flags.tolist() == [False, True, False]  # a, b, c
@@ -31,7 +32,7 @@ def test_check_flags_what_is_not_finite():
 
 
 def feed(watch, rows, first=1):
-  names = ("train/grad_norm/encoder", "train/loss")
+  names = ("train/loss", "train/grad_norm/encoder", "train/update_norm/a")
   for step, row in enumerate(rows, first):
     flags = jnp.array([row, row])
     watch.record(step, flags, names, np.array([10 * step, 10 * step + 1]))
@@ -53,6 +54,9 @@ def test_guard_counts_rows_and_writes_what_it_skipped(tmp_path):
   lines = (tmp_path / guard.SKIPPED_FILE).read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [2, 3, 5, 6, 7]
   assert watch.total == 5
+  feed(watch, [True, True], first=8)  # too late
+  watch.flush()
+  assert watch.error() is not None
   resumed = guard.Guard(tmp_path, 3, total=2, start_step=3)
   lines = (tmp_path / guard.SKIPPED_FILE).read_text().splitlines()
   assert [json.loads(line)["step"] for line in lines] == [2, 3]
@@ -121,18 +125,43 @@ def test_nan_in_a_batch_is_skipped_and_named(
 def test_a_row_of_nan_stops_with_the_state_saved(
   encoder_folder, tmp_path, monkeypatch
 ):
+  """Exactly as many as allowed, and good batches after them."""
   with pytest.raises(guard.NonFiniteError) as error:
-    run(encoder_folder, tmp_path, monkeypatch, {3, 4, 5, 6, 7, 8})
+    run(encoder_folder, tmp_path, monkeypatch, {2, 3, 4})
   message = str(error.value)
   assert "3 steps in a row" in message
-  assert "step 3 (batch 2)" in message and "semantic_encoder" in message
-  folder = tmp_path / "svae" / "checkpoints"
-  assert ckpt.has_checkpoint(folder)
+  assert "step 2 (batch 1)" in message and "semantic_encoder" in message
+  assert "saved at step 5" in message
+  folder = tmp_path / "svae"
+  assert ckpt.has_checkpoint(folder / "checkpoints")
+  lines = (folder / guard.SKIPPED_FILE).read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]
   monkeypatch.undo()
-  # The same command goes on, with the parameters from before the first.
+  # The same command goes on from there, and remembers.
   result = run(encoder_folder, tmp_path, monkeypatch, set())
   assert int(result.state.step) == 8
+  assert result.metrics["train/skipped_steps"] == 3
   chex.assert_tree_all_finite(jax.device_get(result.state))
+
+
+def test_the_step_in_flight_is_counted_when_the_run_stops(
+  encoder_folder, tmp_path, monkeypatch
+):
+  with pytest.raises(guard.NonFiniteError):
+    run(encoder_folder, tmp_path, monkeypatch, {3, 4, 5, 6, 7, 8})
+  lines = (tmp_path / "svae" / guard.SKIPPED_FILE).read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [3, 4, 5, 6]
+
+
+def test_a_full_disk_at_the_stop_is_said_too(
+  encoder_folder, tmp_path, monkeypatch
+):
+  def fail(self):
+    raise ckpt.CheckpointError("no space")
+
+  monkeypatch.setattr(ckpt.Checkpointer, "close", fail)
+  with pytest.raises(guard.NonFiniteError, match="step 2 .* no space"):
+    run(encoder_folder, tmp_path, monkeypatch, {2, 3, 4})
 
 
 def test_skipped_step_leaves_every_array_as_it_was(encoder_folder, tmp_path):
