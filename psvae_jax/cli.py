@@ -4,6 +4,7 @@ A config file is Python with a function `get_config(variant)`, or JSON: what
 `--print_config` prints and a workdir's `config.json` hold.
 """
 
+import io
 import json
 import os
 import runpy
@@ -145,8 +146,19 @@ def fail(message: str) -> NoReturn:
   sys.exit(f"error: {message}")
 
 
+def print_any_name() -> None:
+  """Lets stdout and stderr take file names that are not UTF-8, escaped.
+
+  Otherwise the first such name would end a command that has more to do.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
+
+
 def guard(command: Callable[[], Any], *, interrupted: str) -> Any:
   """Runs a command; Ctrl-C is one line and exit code 130."""
+  print_any_name()
   try:
     return command()
   except KeyboardInterrupt:

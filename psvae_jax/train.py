@@ -265,7 +265,9 @@ class _Run:
         replicated,
       ),
     )
-    self.context = EvalContext(mesh, folder if chief else None)
+    self.context = EvalContext(
+      mesh, folder if chief else None, quarantine_file(workdir)
+    )
     self.writer = MetricWriter(folder, start_step=self.step, enabled=chief)
     self.guard = guard_lib.Guard(
       folder if chief else None, config.guard.max_skipped, skipped, self.step

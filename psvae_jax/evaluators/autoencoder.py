@@ -87,16 +87,21 @@ class AutoencoderEvaluator:
     mesh: Mesh,
     folder: Path | None,
     teacher: Any = None,
+    *,
+    quarantine: Path | None = None,
   ) -> dict[str, float]:
     """All figures of `params` (module → parameters, E included).
 
     Args:
       params: parameters on `mesh`.
       mesh: the mesh.
-      folder: where samples and channel statistics are written, inside the
-        workdir, whose `quarantine.jsonl` names bad records; None nowhere.
+      folder: where samples and channel statistics are written; None nowhere,
+        as on every host but one.
       teacher: the frozen encoder's parameters, for pictures of its features;
         the same object as `params["encoder"]` where E does not train.
+      quarantine: list of the records that cannot be used, the same on every
+        host: a record that is named there keeps its place when its file is
+        gone. None keeps no list.
 
     Returns:
       Metric name → value.
@@ -106,7 +111,7 @@ class AutoencoderEvaluator:
       self._config.data,
       "validation",
       self._model.config.output_size,
-      None if folder is None else folder.parent / "quarantine.jsonl",
+      quarantine,
     )
     means, moments = image_metrics.MeanAccumulator(), LatentMoments()
     checker = scenes.CheckerScore(source) if self._checks(source) else None

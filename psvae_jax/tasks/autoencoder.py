@@ -156,11 +156,14 @@ class AutoencoderTask:
       dtype=jnp.dtype(config.compute.dtype),
     )
     if encoder is None:
-      encoder = load_encoder(
+      loaded = load_encoder(
         config.model.encoder or str(EMBEDDED_ENCODER),
         final_norm=config.model.final_norm,
         **shared,
       )
+      # On the host: the loop puts its own copy on the mesh.
+      params = jax.device_get(loaded.params)
+      encoder = dataclasses.replace(loaded, params=params)
     self.model = model_lib.build(
       config.model,
       config.compute,
@@ -371,7 +374,11 @@ class AutoencoderTask:
   ) -> dict[str, float]:
     params = {E: frozen["teacher"], **params}
     return self._evaluator.evaluate(
-      params, context.mesh, context.folder, frozen["teacher"]
+      params,
+      context.mesh,
+      context.folder,
+      frozen["teacher"],
+      quarantine=context.quarantine,
     )
 
   def references(

@@ -27,11 +27,14 @@ class EvalContext:
 
   Attributes:
     mesh: the mesh that parameters and batches live on.
-    folder: `<workdir>/<stage>`; None writes no files.
+    folder: `<workdir>/<stage>`; None writes no pictures.
+    quarantine: `<workdir>/quarantine.jsonl`, the same on every host, since it
+      decides which records there are; None keeps no list.
   """
 
   mesh: Mesh
   folder: Path | None = None
+  quarantine: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
