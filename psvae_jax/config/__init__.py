@@ -45,7 +45,8 @@ class DataConfig:
     builder: name of the builder, e.g. "imagenet2012" (`tfds` only).
     split, eval_split: its training and validation split (`tfds` only).
     max_bad_share: share of a split's records that may be unreadable. Those are
-      skipped and named in `quarantine.jsonl`; one more stops the run.
+      skipped and named in `quarantine.jsonl`; one more stops the run. Every
+      host counts those that it has read itself.
     augment: "none" (images have the right size), "center", "crop" (random
       resized crop) or "crop_flip".
     min_scale: least side of a random crop, as a share of the shorter side.

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
+
 from psvae_jax.data import quarantine
 
 # Errors of a file system that may be gone a moment later, and how long to
@@ -26,6 +28,8 @@ _TRANSIENT = frozenset(
 _WAITS = (0.1, 1.0)
 # Of the machine, not of a record.
 _MACHINE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+# Bytes, more than decoding the largest image that is allowed can need.
+_ROOM = 4 << 30
 
 _MIN_PATIENCE = 8
 _FALSE_ALARM = 1e-9
@@ -35,7 +39,8 @@ class FallibleSource(Protocol):
   """Random access to records, some of which may be bad.
 
   Reading a bad record raises ValueError (`quarantine.CaptionError` for its
-  caption) or OSError. Elements hold their own "index".
+  caption) or OSError. MemoryError, and OSError for want of memory or file
+  handles, are the machine's. Elements hold their own "index".
 
   Attributes:
     name: the folder or data set, for the user.
@@ -123,6 +128,8 @@ class GuardedSource:
       IndexError: there is no such record.
       quarantine.DataError: more records are bad than allowed, or the data are
         gone.
+      MemoryError, OSError: the machine lacks memory or file handles; no
+        record is to blame.
     """
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} is outside [0, {len(self)})")
@@ -168,8 +175,27 @@ class GuardedSource:
       except OSError as error:
         if error.errno not in _TRANSIENT:
           raise
+      except MemoryError:
+        pass  # other threads may give some back
       time.sleep(wait)
-    return self.source[index]
+    try:
+      return self.source[index]
+    except MemoryError as error:
+      raise self._without_memory(index) from error
+
+  def _without_memory(self, index: int) -> Exception:
+    """The machine's fault, or a record's that asks for more than it may."""
+    path = self.source.path(index)
+    try:
+      np.empty(_ROOM, np.uint8)  # reserved only, never written to
+    except MemoryError:
+      return MemoryError(
+        f"Reading {path} of {self.source.name} failed for want of memory. "
+        "Give the job more, or lower data.num_threads and data.prefetch."
+      )
+    return ValueError(
+      f"{path}: decoding it needs more than {_ROOM >> 30} GiB of memory."
+    )
 
   def _check(self, found: dict[int, tuple[str, quarantine.Fault]]) -> None:
     """Stops a search that cannot end well.

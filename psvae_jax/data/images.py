@@ -82,6 +82,7 @@ def decode_image(
     ValueError: the file is empty, truncated, corrupt, too large, of an
       unknown format, or in a mode without a defined 8-bit range (32-bit
       integers and floats). The message names the file.
+    MemoryError: there is too little memory for it.
   """
   if isinstance(source, bytes):
     data, name = source, name or f"image of {len(source)} bytes"
@@ -94,6 +95,8 @@ def decode_image(
   try:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
+  except MemoryError:  # says nothing about the file
+    raise
   except Exception as error:  # Pillow's parsers raise many unrelated types.
     raise ValueError(
       f"{name}: not a readable image ({_cause(error)}). Known formats: "
@@ -115,6 +118,8 @@ def decode_image(
       if orientation in _ORIENTATIONS:
         rgb = rgb.transpose(_ORIENTATIONS[orientation])
       return np.array(rgb)
+    except MemoryError:
+      raise
     except Exception as error:
       raise ValueError(
         f"{name}: cannot decode the image ({_cause(error)})."
@@ -186,6 +191,8 @@ def _orientation(image: Image.Image) -> int:
   """
   try:
     return image.getexif().get(_ORIENTATION_TAG, 1)
+  except MemoryError:
+    raise
   except Exception:
     return 1
 

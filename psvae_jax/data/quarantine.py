@@ -25,8 +25,6 @@ try:
 except ImportError:  # Windows: one process a run
   fcntl = None
 
-KINDS = ("image", "caption")
-
 _LOGGED = 10  # records named in the log; the file names all
 _EXAMPLES = 3
 _MAX_CAUSE = 500
@@ -63,7 +61,8 @@ class Fault:
 class Quarantine:
   """The bad records of one split, of which only so many are allowed.
 
-  Safe to use from several threads.
+  Safe to use from several threads. Every process of a run counts the records
+  that it has read itself, so the limit is one of each host.
 
   Attributes:
     limit: how many there may be.
@@ -93,29 +92,23 @@ class Quarantine:
     self.limit = math.floor(max_bad_share * num_records + 1e-9)
     self._split, self._source = split, source
     self._num_records, self._max_bad_share = num_records, max_bad_share
-    self._kinds: dict[int, str] = {}
+    self._indices: set[int] = set()
     self._examples: list[str] = []
     self._num_logged = 0
     self._writer = None if file is None else _Writer(self.file)
     self._lock = threading.Lock()
 
   def __contains__(self, index: int) -> bool:
-    return index in self._kinds
+    return index in self._indices
 
   def __len__(self) -> int:
-    return len(self._kinds)
+    return len(self._indices)
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state, _lock=threading.Lock())
-
-  def counts(self) -> dict[str, int]:
-    """Bad records by kind, as far as this process has met them."""
-    with self._lock:
-      kinds = list(self._kinds.values())
-    return {kind: kinds.count(kind) for kind in KINDS}
 
   def add(self, faults: Mapping[int, tuple[str, Fault]]) -> None:
     """Counts and lists records, those that are known already excepted.
@@ -127,18 +120,18 @@ class Quarantine:
       DataError: there are now more than `limit`.
     """
     with self._lock:
-      new = {i: f for i, f in faults.items() if i not in self._kinds}
+      new = {i: f for i, f in faults.items() if i not in self._indices}
       if not new:
         return
-      for index, (path, fault) in new.items():
-        self._kinds[index] = fault.kind
+      self._indices.update(new)
+      for path, fault in new.values():
         if len(self._examples) < _EXAMPLES:
           self._examples.append(f"{path} ({fault.cause})")
       entries = [self._entry(i, *fault) for i, fault in new.items()]
       if self._writer is not None:
         entries = self._writer.append(entries)
       self._log(entries)
-      if len(self._kinds) > self.limit:
+      if len(self._indices) > self.limit:
         raise DataError(self._message())
 
   def _entry(self, index: int, path: str, fault: Fault) -> dict[str, Any]:
@@ -170,7 +163,7 @@ class Quarantine:
       )
 
   def _message(self) -> str:
-    count, total = len(self._kinds), self._num_records
+    count, total = len(self._indices), self._num_records
     named = "" if self.file is None else f" They are named in {self.file}."
     return (
       f"{count} of the {total} records of the {self._split} split of "
@@ -185,28 +178,23 @@ class Quarantine:
 def read(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The entries of a `quarantine.jsonl`; none if there is no such file.
 
-  A line that was cut off when its process was killed is left out.
+  A line that was cut off when its process was killed is left out, and a record
+  that was listed twice counts once.
   """
   try:
     data = pathlib.Path(file).read_bytes()
   except OSError:
     return []
-  return _parse(data)
-
-
-def summary(file: str | os.PathLike[str]) -> dict[str, dict[str, int]]:
-  """split → {"image": count, "caption": count} of a `quarantine.jsonl`."""
-  counts: dict[str, dict[str, int]] = {}
-  for split, *_, kind in sorted({_key(entry) for entry in read(file)}):
-    of_split = counts.setdefault(split, dict.fromkeys(KINDS, 0))
-    of_split[kind] = of_split.get(kind, 0) + 1
-  return counts
+  first = {}
+  for entry in _parse(data):
+    first.setdefault(_key(entry), entry)
+  return list(first.values())
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:
   entries = []
   for line in data.splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
       entry = json.loads(line)
       _key(entry)
       entries.append(entry)

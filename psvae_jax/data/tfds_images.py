@@ -6,6 +6,7 @@ array_record format, which alone has random access. Images are decoded by
 """
 
 import difflib
+import errno
 import os
 import pathlib
 from typing import Any
@@ -17,6 +18,11 @@ from psvae_jax.data import images, quarantine
 IMAGE = "image"
 TEXT_FEATURES = ("caption", "text")
 LABEL_FEATURE = "label"
+
+# What the machine lacks, as the system words it: the readers give no number.
+_SHORTAGES = {
+  os.strerror(code): code for code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+}
 
 
 class TfdsSource:
@@ -93,6 +99,7 @@ class TfdsSource:
       IndexError: there is no such record.
       quarantine.CaptionError: its caption cannot be used.
       ValueError: its image cannot; the message names the record.
+      OSError, MemoryError: the machine lacks files or memory.
     """
     path = self.path(index)
     try:
@@ -102,7 +109,12 @@ class TfdsSource:
       )
     # The readers raise their own types and plain RuntimeErrors for a file
     # that is missing, cut off or damaged.
+    except (MemoryError, OSError):
+      raise
     except Exception as error:
+      for words, code in _SHORTAGES.items():
+        if words in str(error):
+          raise OSError(code, words, path) from error
       raise ValueError(
         f"{path}: cannot read the record ({error or type(error).__name__})."
       ) from error

@@ -258,6 +258,21 @@ def test_truncated_file(tmp_path, file_format, keep):
     images.decode_image(path)
 
 
+@pytest.mark.parametrize("where", ["open", "Image.load", "Image.getexif"])
+def test_want_of_memory_is_no_damage(monkeypatch, where):
+  def fail(*args, **kwargs):
+    raise MemoryError
+
+  data = encoded(Image.new("RGB", (4, 4)))
+  monkeypatch.setattr(f"PIL.Image.{where}", fail)
+  if where == "Image.load":
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+  if where == "Image.getexif":
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.getexif", fail)
+  with pytest.raises(MemoryError):
+    images.decode_image(data)
+
+
 def test_empty_unknown_and_missing_files(tmp_path):
   empty, text = tmp_path / "empty.jpg", tmp_path / "page.jpg"
   empty.write_bytes(b"")

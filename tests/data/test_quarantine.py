@@ -84,13 +84,26 @@ def test_line_cut_by_a_kill_spoils_no_other(tmp_path):
   ledger(file).add(fault(1) | fault(2, "caption") | fault(3))
   assert [e["index"] for e in quarantine.read(file)] == [1, 2, 3]
   ledger(file, "validation").add(fault(1))
-  assert quarantine.summary(file) == {
-    "train": {"image": 2, "caption": 1},
-    "validation": {"image": 1, "caption": 0},
-  }
-  assert quarantine.summary(tmp_path / "none.jsonl") == {}
-  (tmp_path / "odd.jsonl").write_bytes(b'[]\n{"split": 1}\nnull\n\xff\n')
-  assert quarantine.summary(tmp_path / "odd.jsonl") == {}
+  listed = [(e["split"], e["index"], e["kind"]) for e in quarantine.read(file)]
+  assert listed == [
+    ("train", 1, "image"),
+    ("train", 2, "caption"),
+    ("train", 3, "image"),
+    ("validation", 1, "image"),
+  ]
+  file.write_bytes(file.read_bytes() * 2)  # where files cannot be locked
+  assert len(quarantine.read(file)) == 4
+
+
+def test_what_is_no_entry_is_passed_over(tmp_path):
+  file = tmp_path / "quarantine.jsonl"
+  assert quarantine.read(file) == []
+  ledger(file).add(fault(1))
+  (entry,) = quarantine.read(file)
+  endless = json.dumps({**entry, "index": 0}).replace(" 0,", " 1e999,")
+  lines = [b"[]", b'{"split": 1}', b"null", b"\xff", endless.encode()]
+  file.write_bytes(b"\n".join(lines))
+  assert quarantine.read(file) == []
 
 
 def test_file_that_cannot_be_written_warns_once(tmp_path, caplog):

@@ -1,7 +1,9 @@
 """A small builder, written here, read as ImageNet would be."""
 
+import errno
 import importlib.util
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -267,6 +269,48 @@ def test_damaged_shard_costs_its_own_records_only(copy, tmp_path, damage):
       source="tfds", builder=NAME, root=str(root), max_bad_share=0
     )
     sources.make_source(tight, "train", 4)[bad[0]]
+
+
+def test_too_many_open_files_are_no_fault_of_the_record(prepared, tmp_path):
+  """The reader says so in a plain RuntimeError."""
+  resource = pytest.importorskip("resource")
+  file = tmp_path / "quarantine.jsonl"
+  config = DataConfig(source="tfds", builder=NAME, root=str(prepared))
+  source = sources.make_source(config, "train", 4, file)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with open(tmp_path / "highest", "w") as highest:
+    resource.setrlimit(
+      resource.RLIMIT_NOFILE, (highest.fileno() + 1, limits[1])
+    )
+    taken = []
+    try:
+      with pytest.raises(OSError, match="Too many open files"):
+        while True:
+          taken.append(open(os.devnull))
+      with pytest.raises(OSError, match=f"Too many.*{NAME}/train/0") as raised:
+        source[0]
+    finally:
+      resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+      for each in taken:
+        each.close()
+  assert raised.value.errno == errno.EMFILE
+  assert len(source.quarantine) == 0 and not file.exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "x")])
+def test_shortages_are_no_fault_of_the_record(prepared, monkeypatch, error):
+  source = source_of(prepared)
+
+  class Records:
+    def __len__(self):
+      return 40
+
+    def __getitem__(self, index):
+      raise error
+
+  monkeypatch.setattr(source, "_records", Records())
+  with pytest.raises(type(error)):
+    source[0]
 
 
 def test_vanished_data_set_ends_quickly(copy):
