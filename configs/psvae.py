@@ -275,7 +275,7 @@ def _paper_stage(steps: int, gan_start: int) -> ml_collections.ConfigDict:
         gan=0.5,  # LDM
         gan_adaptive=True,  # LDM
         gan_start=gan_start,
-        gan_warmup=0,  # LDM
+        gan_warmup=1_000,  # while the discriminator's learning rate rises
       ),
     )
   )

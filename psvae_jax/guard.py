@@ -27,7 +27,7 @@ _MAX_EXAMPLES = 256  # named in a line of the file
 
 
 class NonFiniteError(FloatingPointError):
-  """Too many steps in a row were not finite; the message says where it began."""
+  """Too many steps in a row were skipped; the message says where it began."""
 
 
 def checked(metrics: Iterable[str]) -> list[str]:
@@ -183,7 +183,7 @@ class Guard:
       )
 
   def _write(self, found: list[SkippedStep]) -> None:
-    """One line a skipped step; a full disk must not end a run that can go on."""
+    """One line a step; a full disk must not end a run that can go on."""
     if self._path is None or not found:
       return
     with contextlib.suppress(OSError):

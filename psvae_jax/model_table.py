@@ -3,7 +3,8 @@
     python -m psvae_jax.model_table --config=configs/psvae.py:base
 
 Everything is counted from abstract shapes and from the traced program of the
-real training step. Nothing is downloaded, allocated, compiled or run.
+real training step. Nothing is compiled or run, and of weights only those of a
+DINO discriminator are loaded ("random:facebook/dino-vits8" will do).
 """
 
 import argparse
@@ -35,8 +36,9 @@ Usage: python -m psvae_jax.model_table --config=FILE[:VARIANT] [--json]
 
 Prints what an autoencoder costs, counted from the code: parameters and forward
 FLOPs of every module; FLOPs of a training step and memory of each stage. Only
-the encoder's config.json is needed, and for published DINOv2 ids not even that.
-Nothing is downloaded, allocated, compiled or run; it takes half a minute.
+the encoder's config.json is needed, and for published DINOv2 ids not even that;
+with discriminator.kind=dino also its weights (random:facebook/dino-vits8 will
+do). Nothing is compiled or run; it takes half a minute.
 
 A step's FLOPs are those of its matrix products and convolutions, with the
 adversary at work. "Kept for backward" is what the autoencoder's forward pass

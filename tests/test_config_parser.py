@@ -151,6 +151,16 @@ VALID_GAN = {
       r"norm='batch'.*accumulate=2; set norm='group'",
     ),
     ({**VALID_GAN, "discriminator__kind": "dino"}, "facebook/dino-vits8"),
+    (
+      {
+        **VALID_GAN,
+        "discriminator__kind": "dino",
+        "discriminator__norm": "batch",
+        "discriminator__weights": "random:facebook/dino-vits8",
+        "svae__train__batch_size": 9,
+      },
+      r"svae\.train\.batch_size=9 does not divide into equal groups.*; 8 would",
+    ),
     ({**VALID_GAN, "discriminator__num_layers": 4}, "num_layers=4.*3 is the"),
   ],
 )

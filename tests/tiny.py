@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 
 from psvae_jax.models.vit import ViT, ViTConfig
+from psvae_jax.pretrained import dino, files, mapping
 from psvae_jax.pretrained import encoder as encoder_lib
 
 VIT = ViTConfig(
@@ -50,6 +51,42 @@ def save_encoder(folder: Path) -> Path:
   return folder
 
 
+# The discriminator's eyes, as deep as RAE's five maps need.
+DINO = ViTConfig(
+  width=32,
+  depth=5,
+  num_heads=2,
+  patch_size=8,
+  image_size=32,
+  mlp_ratio=2.0,
+  layer_norm_eps=1e-12,
+  layerscale_init=None,
+)
+DINO_PUBLISHED = {
+  "model_type": "vit",
+  "hidden_size": 32,
+  "num_hidden_layers": 5,
+  "num_attention_heads": 2,
+  "patch_size": 8,
+  "image_size": 32,
+  "intermediate_size": 64,
+}
+
+
+def save_dino(folder: Path) -> Path:
+  """Writes a small DINO as published: with a final norm and a pooler."""
+  params = dino.random_dino(DINO).params
+  tensors = mapping.export_params(dino.rules(DINO), params)
+  for name in ("layernorm", "pooler.dense"):
+    shape = (32, 32) if "pooler" in name else (32,)
+    tensors[f"{name}.weight"] = np.ones(shape, np.float32)
+    tensors[f"{name}.bias"] = np.zeros(32, np.float32)
+  folder.mkdir(exist_ok=True)
+  files.write_safetensors(folder / "model.safetensors", tensors)
+  files.write_json(folder / "config.json", DINO_PUBLISHED)
+  return folder
+
+
 def config(encoder: Path, steps: int = 4) -> ml_collections.ConfigDict:
   """Both stages on 40 × 40 scenes, of which the encoder sees 32 × 32."""
   stage = dict(
@@ -85,9 +122,12 @@ def config(encoder: Path, steps: int = 4) -> ml_collections.ConfigDict:
 
 
 def adversarial_config(
-  encoder: Path, steps: int = 4, decoder: str = "vit"
+  encoder: Path, steps: int = 4, decoder: str = "vit", kind: str = "patch"
 ) -> ml_collections.ConfigDict:
-  """`config` with a PatchGAN from the first step on, 32 × 32 pixels out."""
+  """`config` with an adversary from the first step on, 32 × 32 pixels out.
+
+  The DINO kind is augmented; its network is written beside the encoder.
+  """
   raw = config(encoder, steps)
   raw.model.output_size = 32
   if decoder == "conv":
@@ -99,6 +139,10 @@ def adversarial_config(
       output_patch=4,
     )
   raw.discriminator = dict(kind="patch", channels=8, num_layers=2)
+  if kind == "dino":
+    weights = save_dino(encoder.parent / "dino")
+    augment = ("translation", "color", "cutout")
+    raw.discriminator = dict(kind=kind, weights=str(weights), augment=augment)
   raw.compute.convolution = "matmul"  # the CPU's way
   for stage in raw.stages:
     raw[stage].discriminator_optim = dict(

@@ -77,6 +77,7 @@ _RANGES = {
 
 _SSIM_WINDOW = 11  # evaluators.image_metrics.ssim
 _LEAST_SCENE = 16  # data.scene_render.render
+_NORM_IMAGES = 8  # models.discriminator.DinoDiscriminator
 _GRADIENT_FACTOR = 4  # losses.multiscale_gradient_loss with its three scales
 
 
@@ -289,7 +290,24 @@ def _check_adversary(config: Config) -> None:
         f"with config.{stage}.train.accumulate={section.train.accumulate}; set "
         "norm='group' or accumulate=1"
       )
+    _check_groups(config, stage, section.train.batch_size)
     _check_discriminator(config)
+
+
+def _check_groups(config: Config, stage: str, batch: int) -> None:
+  """A DINO discriminator's batch norm is over equal groups of eight images."""
+  if (config.discriminator.kind, config.discriminator.norm) != (
+    "dino",
+    "batch",
+  ):
+    return
+  if batch % math.ceil(batch / _NORM_IMAGES):
+    raise ConfigError(
+      f"config.{stage}.train.batch_size={batch} does not divide into equal "
+      f"groups of at most {_NORM_IMAGES} images, over which discriminator.norm="
+      f"'batch' takes its statistics; {_nearest_multiple(batch, _NORM_IMAGES)} "
+      "would"
+    )
 
 
 def _check_discriminator(config: Config) -> None:

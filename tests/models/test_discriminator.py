@@ -234,33 +234,39 @@ def test_small_images_are_told_what_fits():
 
 
 def _torch_heads(torch, variables, features, norm, kernel_size=9):
-  """RAE's DinoDisc.forward without the network, a training-mode pass."""
+  """RAE's DinoDisc.forward without the network, a training-mode pass.
+
+  Returns:
+    The logits, and the gradient of the mean of their sines at the parameters.
+  """
   functional = torch.nn.functional
+  tensors = jax.tree.map(
+    lambda x: _tensor(torch, x).requires_grad_(), variables["params"]
+  )
 
   def spectral(params, u):
-    weight = _tensor(torch, params["kernel"]).permute(2, 1, 0)
+    weight = params["kernel"].permute(2, 1, 0)
     matrix, u = weight.reshape(len(weight), -1), _tensor(torch, u)
-    v = functional.normalize(matrix.T @ u, dim=0, eps=1e-12)
-    u = functional.normalize(matrix @ v, dim=0, eps=1e-12)
+    with torch.no_grad():
+      v = functional.normalize(matrix.T @ u, dim=0, eps=1e-12)
+      u = functional.normalize(matrix @ v, dim=0, eps=1e-12)
     return weight / torch.dot(u, matrix @ v)
 
   logits = []
   for i, x in enumerate(features):
-    params = variables["params"][f"head{i}"]
+    params = tensors[f"head{i}"]
     vectors = variables["spectral"][f"head{i}"]
 
     def conv(x, name, params=params, vectors=vectors):
       weight = spectral(params[name], vectors[name]["u"])
       reach = weight.shape[-1] // 2
       x = functional.pad(x, (reach, reach), mode="circular")
-      bias = params[name].get("bias")
-      bias = None if bias is None else _tensor(torch, bias)
-      return functional.conv1d(x, weight, bias)
+      return functional.conv1d(x, weight, params[name].get("bias"))
 
     def block(x, name, conv=conv, params=params):
       x = conv(x, f"conv_{name}")
-      scale = _tensor(torch, params[f"norm_{name}"]["scale"])
-      bias = _tensor(torch, params[f"norm_{name}"]["bias"])
+      scale = params[f"norm_{name}"]["scale"]
+      bias = params[f"norm_{name}"]["bias"]
       if norm == "group":
         x = functional.group_norm(x, 8, scale, bias, eps=1e-6)
       else:
@@ -271,7 +277,10 @@ def _torch_heads(torch, variables, features, norm, kernel_size=9):
     x = block(_tensor(torch, x).permute(0, 2, 1), "in")
     x = (block(x, "mid") + x) / np.sqrt(2)
     logits.append(conv(x, "conv_out").reshape(len(x), -1))
-  return torch.cat(logits, dim=1).numpy()
+  logits = torch.cat(logits, dim=1)
+  torch.sin(logits).mean().backward()
+  grads = jax.tree.map(lambda x: x.grad.numpy(), tensors)
+  return logits.detach().numpy(), grads
 
 
 def _features(batch=8, count=2):
@@ -284,10 +293,25 @@ def test_dino_heads_equal_torch(norm):
   features = _features(16, 3)
   module = DinoDiscriminator(norm=norm)
   variables = _variables(module, features)
-  got = jax.jit(module.apply)(variables, features)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      logits = module.apply({**variables, "params": params}, features)
+      return jnp.mean(jnp.sin(logits)), logits
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  grads, got = run(variables["params"])
   assert got.shape == (16, 3 * 12) and got.dtype == jnp.float32
-  want = _torch_heads(torch, variables, features, norm)
+  want, want_grads = _torch_heads(torch, variables, features, norm)
   assert _relative(got, want) < 1e-5
+  for (path, a), b in zip(
+    jax.tree_util.tree_flatten_with_path(grads)[0],
+    jax.tree.leaves(want_grads),
+    strict=True,
+  ):
+    assert _relative(a, b) < 1e-4, jax.tree_util.keystr(path)
 
 
 def test_even_kernels_are_an_error():

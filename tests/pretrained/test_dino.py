@@ -7,31 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 
 from psvae_jax.config import ComputeConfig, DiscriminatorConfig
-from psvae_jax.models import vit
 from psvae_jax.models.discriminator import build_discriminator
-from psvae_jax.pretrained import dino, files, mapping
+from psvae_jax.pretrained import dino, files
 
-CONFIG = vit.ViTConfig(
-  width=32,
-  depth=5,
-  num_heads=2,
-  patch_size=8,
-  image_size=32,
-  mlp_ratio=2.0,
-  layer_norm_eps=1e-12,
-  layerscale_init=None,
-)
-PUBLISHED = {
-  "model_type": "vit",
-  "hidden_size": 32,
-  "num_hidden_layers": 5,
-  "num_attention_heads": 2,
-  "patch_size": 8,
-  "image_size": 32,
-  "intermediate_size": 64,
-}
+CONFIG, PUBLISHED = tiny.DINO, tiny.DINO_PUBLISHED
 
 
 def random_images(*shape):
@@ -47,16 +29,7 @@ def relative_error(got, want):
 
 @pytest.fixture(name="folder")
 def _folder(tmp_path):
-  """A small network as published: with a final norm and a pooler."""
-  params = dino.random_dino(CONFIG).params
-  tensors = mapping.export_params(dino.rules(CONFIG), params)
-  for name in ("layernorm", "pooler.dense"):
-    shape = (32, 32) if "pooler" in name else (32,)
-    tensors[f"{name}.weight"] = np.ones(shape, np.float32)
-    tensors[f"{name}.bias"] = np.zeros(32, np.float32)
-  files.write_safetensors(tmp_path / "model.safetensors", tensors)
-  files.write_json(tmp_path / "config.json", PUBLISHED)
-  return tmp_path
+  return tiny.save_dino(tmp_path)
 
 
 def torch_model(**options):
