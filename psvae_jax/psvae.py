@@ -5,9 +5,11 @@
     x = vae.decode(z)            # → uint8 (B, H, W, 3)
 
 Arrays go in as numpy or JAX arrays and come out as numpy arrays, on the host:
-an input may be longer than what the device holds. It is cut into parts of
-`batch_size`, the last one padded, so that a program is compiled once for each
-kind of input (images at the encoder's size, at the product's, latents).
+an input may be longer than what the device holds. It is cut into parts of one
+size, the last one padded. The size is a power of two or `batch_size`, so that
+few programs are compiled, whatever the numbers of images: for each kind of
+input (images at the encoder's size, at the product's, latents) one for each of
+1, 2, 4, 8, 16 and 32 with the default `batch_size`, as they are needed.
 """
 
 import os
@@ -189,7 +191,8 @@ class PSVAE:
     if not count:
       empty = jax.eval_shape(function, self._params, np.zeros_like(inputs))
       return np.zeros(empty.shape, empty.dtype)
-    size = min(count, self.batch_size)
+    # The next power of two: at most twice the work, far fewer compilations.
+    size = min(1 << (count - 1).bit_length(), self.batch_size)
     outputs = []
     for start in range(0, count, size):
       part = inputs[start : start + size]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from psvae_jax import cli
+from psvae_jax.evaluators.comparison import ERROR_GAIN, error_picture, psnr
 
 USAGE_EXAMPLES = """\
 examples:
@@ -28,7 +29,6 @@ Images are resized and centre-cropped to the square that the autoencoder makes.
 The exit code is 1 if an image could not be read; the others are done.
 """
 
-_ERROR_GAIN = 4
 _GAP = 4  # pixels between panels
 _LEAST_PANEL = 192  # smaller ones are drawn with larger pixels
 _LABEL = 14  # height of the line of text above the panels
@@ -147,8 +147,6 @@ def reconstruct(
   Returns:
     How many images could not be read.
   """
-  from psvae_jax.evaluators.image_metrics import psnr
-
   folder.mkdir(parents=True, exist_ok=True)
   outputs = name_outputs(paths, folder)
   failed = 0
@@ -165,21 +163,16 @@ def reconstruct(
       continue
     originals = np.stack([image for _, _, image in good])
     made = {model.stage: model.reconstruct(originals) for model in models}
-    figures = {k: np.asarray(psnr(v, originals)) for k, v in made.items()}
+    figures = {k: psnr(v, originals) for k, v in made.items()}
     for i, (path, output, original) in enumerate(good):
       panels = [("original", original)]
       panels += [(f"{k} {figures[k][i]:.2f} dB", made[k][i]) for k in made]
-      panels.append((f"error x {_ERROR_GAIN}", _error(original, panels[-1][1])))
+      error = error_picture(original, panels[-1][1])
+      panels.append((f"error x {ERROR_GAIN}", error))
       draw_panels(panels).save(output)
       values = "  ".join(f"{k} {v[i]:.2f} dB" for k, v in figures.items())
       print(f"{path} → {output}  {values}", flush=True)
   return failed
-
-
-def _error(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
-  """Absolute difference, amplified, as uint8."""
-  difference = np.abs(original.astype(int) - reconstruction.astype(int))
-  return np.minimum(difference * _ERROR_GAIN, 255).astype(np.uint8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -148,6 +148,26 @@ def test_long_inputs_are_cut_padded_and_compiled_once(job, monkeypatch):
   assert traced == [(4, 40, 40, 3), (1, 40, 40, 3)]
 
 
+def test_few_programs_for_all_numbers_of_images(job, monkeypatch):
+  traced = []
+  decode = Autoencoder.decode_pixels
+
+  def counted(self, params, z):
+    traced.append(z.shape[0])
+    return decode(self, params, z)
+
+  monkeypatch.setattr(Autoencoder, "decode_pixels", counted)
+  vae = psvae_jax.PSVAE.from_pretrained(job[0], batch_size=6)
+  z = np.random.default_rng(0).standard_normal((13, 4, 4, 4), np.float32)
+  made = {count: vae.decode(z[:count]) for count in (13, 6, 5, 3, 4, 2, 1)}
+  assert traced == [6, 4, 2, 1]
+  for count, images in made.items():
+    assert images.shape == (count, 40, 40, 3)
+    difference = images.astype(int) - made[13][:count]
+    assert np.abs(difference).max() <= 1  # where a level lies on an edge
+    assert (difference != 0).mean() < 1e-3
+
+
 @pytest.mark.parametrize(
   "array, message",
   [

@@ -1,7 +1,9 @@
 """The reconstruct command: what it writes, prints and returns."""
 
+import io
 import json
 import os
+import sys
 
 import jax
 import numpy as np
@@ -10,8 +12,9 @@ import tiny
 from PIL import Image
 
 import psvae_jax
-from psvae_jax import reconstruct
+from psvae_jax import cli, reconstruct
 from psvae_jax.config import parser as config_parser
+from psvae_jax.evaluators.comparison import error_picture
 from psvae_jax.psvae import PSVAE
 from psvae_jax.tasks import make_task
 
@@ -57,8 +60,7 @@ def test_panels_are_the_original_each_stage_and_the_error(
     for i in range(4)
   ]
   made = [model.reconstruct(original[None])[0] for model in models]
-  error = np.abs(original.astype(int) - made[1].astype(int)) * 4
-  expected = [original, *made, np.minimum(error, 255)]
+  expected = [original, *made, error_picture(original, made[1])]
   for panel, wanted in zip(panels, expected, strict=True):
     np.testing.assert_array_equal(panel, wanted)
   line = capsys.readouterr().out.strip()
@@ -117,6 +119,29 @@ def test_no_output_is_an_input_or_another_output(tmp_path):
     1:
   ]
   assert os.path.realpath(output) != str(taken)
+
+
+def test_names_that_are_not_utf_8_stop_nothing(models, tmp_path, monkeypatch):
+  names = [b"caf\xe9.png", b"gone\xe9.png", b"z.png"]
+  paths = [tmp_path / os.fsdecode(name) for name in names]
+  save_image(paths[0])
+  save_image(paths[2])
+  streams = {name: io.BytesIO() for name in ("stdout", "stderr")}
+  for name, stream in streams.items():
+    strict = io.TextIOWrapper(stream, "utf-8", errors="strict")
+    monkeypatch.setattr(sys, name, strict)
+
+  def command():
+    return reconstruct.reconstruct(paths, models, tmp_path / "out")
+
+  assert cli.guard(command, interrupted="") == 1
+  sys.stdout.flush()
+  first, second = streams["stdout"].getvalue().decode().splitlines()
+  assert r"caf\udce9.png → " in first and r"caf\udce9-reconstruction" in first
+  assert "z.png" in second
+  assert r"gone\udce9.png" in streams["stderr"].getvalue().decode()
+  written = {os.fsencode(path.name) for path in (tmp_path / "out").iterdir()}
+  assert written == {b"caf\xe9-reconstruction.png", b"z-reconstruction.png"}
 
 
 def test_help_shows_examples(capsys):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from psvae_jax import writers
+from psvae_jax.data import quarantine
 from psvae_jax.report import write_report
 
 CHANNELS = 5
@@ -109,13 +110,17 @@ def make_adversarial_run(workdir: Path) -> Path:
       | {"gan": 0.25, "gan_start": 40, "gan_warmup": 5},
     },
   )
-  records = [
-    {"split": "train", "index": 7, "path": "a/broken.jpg", "kind": "image"},
-    {"split": "train", "index": 9, "path": "a/empty.png", "kind": "image"},
-  ]
-  lines = [json.dumps({**record, "cause": "truncated"}) for record in records]
+  faults = {
+    7: ("a/broken.jpg", quarantine.Fault("image", "truncated")),
+    9: ("a/empty.png", quarantine.Fault("image", "the file is empty.")),
+  }
   file = workdir / "quarantine.jsonl"
-  file.write_text("\n".join(lines) + '\n{"split": "tr', encoding="utf-8")
+  ledger = quarantine.Quarantine(
+    split="train", source="a", num_records=100, max_bad_share=0.1, file=file
+  )
+  ledger.add(faults)
+  with file.open("a") as lines:
+    lines.write('{"split": "tr')
   writers.update_summary(
     workdir,
     {

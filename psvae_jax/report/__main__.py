@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from psvae_jax import cli
 from psvae_jax.report import write_report
 
 _EXAMPLES = """\
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   parser.add_argument("workdir", type=Path, help="--workdir of the job")
   args = parser.parse_args(argv)
+  cli.print_any_name()
   try:
     print(write_report(args.workdir))
   except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from psvae_jax import writers
+from psvae_jax.data import quarantine
 from psvae_jax.report.metrics import is_number, rank
 
 CONFIG_FILE = "config.json"
@@ -56,7 +57,7 @@ class Stage:
     final: the stage's section of the summary, {} before it has finished.
     planned_steps: from the config; 0 if it does not say.
     batch_size: from the config; 0 if it does not say.
-    config: the stage's own section of the config.
+    config: the stage's section of the config it was trained with.
   """
 
   name: str
@@ -160,7 +161,7 @@ class Run:
     stages: in order of training.
     updated: time of the last write, seconds since the epoch; 0 if unknown.
     notices: sentences on what was left out and why.
-    quarantine: a line of `quarantine.jsonl` a record that could not be read.
+    quarantine: entries of `quarantine.jsonl`, one a record.
   """
 
   name: str
@@ -224,7 +225,9 @@ def read_run(workdir: Path) -> Run:
   stages = []
   for name in _stage_names(workdir, config, summary):
     section = summary.get(name)
-    own = _mapping(_stage_config(config, name))
+    # What the stage was trained with; later jobs may ask for something else.
+    trained = _read_config(workdir / name / CONFIG_FILE, notices)
+    own = _mapping(_stage_config(trained or config, name))
     train = _mapping(own.get("train"))
     stages.append(
       Stage(
@@ -248,24 +251,8 @@ def read_run(workdir: Path) -> Run:
     stages=stages,
     updated=max((f.stat().st_mtime for f in files if f.exists()), default=0),
     notices=notices,
-    quarantine=_read_quarantine(workdir / QUARANTINE_FILE),
+    quarantine=quarantine.read(workdir / QUARANTINE_FILE),
   )
-
-
-def _read_quarantine(path: Path) -> list[dict[str, Any]]:
-  """Every whole line, a record named twice once; [] if there is no file."""
-  if not path.exists():
-    return []
-  found: dict[tuple[str, ...], dict[str, Any]] = {}
-  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-    try:
-      record = _mapping(json.loads(line))
-    except ValueError:
-      continue  # a line that is being written
-    if record:
-      key = (str(record.get(name)) for name in ("split", "index", "path"))
-      found.setdefault(tuple(key), record)
-  return list(found.values())
 
 
 def _stage_names(

@@ -31,6 +31,8 @@ _SMALL_INCHES = (3.1, 1.8)  # for two a row on a phone
 _LETTERS, _SMALL_LETTERS = 9, 12  # points, before the page scales the figure
 _MAX_POINTS = 600
 _MARKER_POINTS = 24  # few enough that each deserves a dot
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Curve:
   Attributes:
     color: index of the stage's colour.
     steps: (n,) rising.
-    values: (n,); non-finite values leave a gap.
+    values: (n,); non-finite values leave a gap, larger ones than float32 holds
+      are drawn at its end.
     offset: where the stage begins on a shared axis.
     dashed: drawn so, to tell it from another of the same colour.
   """
@@ -50,6 +53,9 @@ class Curve:
   values: np.ndarray
   offset: float = 0.0
   dashed: bool = False
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "values", _drawable(self.values))
 
 
 def curve_svg(
@@ -96,6 +102,7 @@ def bars_svg(
     limits: range of the value axis; what the values need by default.
   """
   figure, axes = _new_axes(small=True)
+  values = _drawable(values)
   finite = np.where(np.isfinite(values), values, 0.0)
   axes.bar(np.arange(len(values)), finite, width=0.8, color=_SERIES[color])
   axes.set_ylim(*(limits or bar_limits([values])))
@@ -104,11 +111,19 @@ def bars_svg(
 
 def bar_limits(series: Sequence[np.ndarray]) -> tuple[float, float]:
   """A value axis for bars that are to be compared; it holds zero."""
-  values = np.concatenate([np.zeros(1), *series])
+  values = _drawable(np.concatenate([np.zeros(1), *series]))
   values = values[np.isfinite(values)]
   low, high = float(values.min()), float(values.max())
   margin = 0.05 * (high - low) or 1.0
   return low - margin * (low < 0), high + margin * (high > 0 or low == 0)
+
+
+def _drawable(values: np.ndarray) -> np.ndarray:
+  """Values as float32 would hold them: an axis over larger ones overflows."""
+  values = np.asarray(values, np.float64)
+  clipped = np.clip(values, -_LARGEST, _LARGEST)
+  clipped[np.abs(values) < _SMALLEST] = 0.0
+  return np.where(np.isfinite(values), clipped, values)
 
 
 def _value_limits(

@@ -8,29 +8,21 @@ array of text captions them. Features and latents have sections of their own.
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from psvae_jax.evaluators.comparison import ERROR_GAIN, error_picture, psnr
 from psvae_jax.report import page
 from psvae_jax.report.data import Run, Stage
 
-ERROR_GAIN = 4
 _MAX_IMAGES = 12  # of a sample set; more would make the file heavy
 _MAX_LARGE_IMAGES = 6
 _IN_VIEW = 6  # the others unfold: a page for a phone as well
 _PIXELATED_BELOW = 128  # larger images are mostly shown reduced
 _LARGEST = 256  # side at which an image stands in the page
 _JPEG_QUALITY = 90
-_HEAT = (
-  (0, 0, 0),
-  (120, 28, 50),
-  (226, 92, 36),
-  (250, 184, 92),
-  (255, 255, 255),
-)
 
 Arrays = dict[str, np.ndarray]
 
@@ -178,13 +170,13 @@ def _columns(
     )
   for title, images in series:
     cell = [(data_uri(images[index]), f"{title}{of}")]
-    psnr = ""
+    figure = ""
     if original is not None and images.shape == original.shape:
       pair = original[index], images[index]
-      psnr = f"{image_psnr(*pair):.1f} dB"
-      error = absolute_error(*pair, ERROR_GAIN)
-      cell.append((data_uri(heat(error)), f"error of {title}, {psnr}{of}"))
-    columns.append(page.Column(cell, title, psnr))
+      figure = f"{psnr(*pair):.1f} dB"
+      address = data_uri(error_picture(*pair))
+      cell.append((address, f"error of {title}, {figure}{of}"))
+    columns.append(page.Column(cell, title, figure))
   return columns
 
 
@@ -207,37 +199,3 @@ def data_uri(image: np.ndarray, largest: int = _LARGEST) -> str:
     picture.save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
   data = base64.b64encode(buffer.getvalue()).decode("ascii")
   return f"data:image/{kind};base64,{data}"
-
-
-def absolute_error(
-  original: np.ndarray, reconstruction: np.ndarray, gain: int = ERROR_GAIN
-) -> np.ndarray:
-  """Mean |difference| of the colours × gain, clipped and rounded.
-
-  Args:
-    original, reconstruction: uint8 (..., H, W, 3).
-    gain: factor.
-
-  Returns:
-    uint8 (..., H, W).
-  """
-  error = np.abs(original.astype(np.float64) - reconstruction).mean(-1)
-  return np.round(np.clip(gain * error, 0, 255)).astype(np.uint8)
-
-
-def heat(levels: np.ndarray) -> np.ndarray:
-  """uint8 (H, W) → uint8 (H, W, 3), from black over red and orange to white.
-
-  Lightness rises with the level throughout, so it reads without colours too.
-  """
-  anchors = np.array(_HEAT, float)
-  places = np.linspace(0, 255, len(anchors))
-  colors = [np.interp(levels, places, anchors[:, c]) for c in range(3)]
-  return np.round(np.stack(colors, -1)).astype(np.uint8)
-
-
-def image_psnr(original: np.ndarray, reconstruction: np.ndarray) -> float:
-  """Returns the PSNR in dB of one uint8 image; infinite if identical."""
-  difference = original.astype(np.float64) - reconstruction.astype(np.float64)
-  mse = float(np.mean(np.square(difference)))
-  return 10 * math.log10(255**2 / mse) if mse else math.inf

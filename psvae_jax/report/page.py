@@ -14,8 +14,13 @@ from psvae_jax.report.style import STYLE
 
 
 def text(value: object) -> str:
-  """Escapes `value` for element content and quoted attributes."""
-  return html_lib.escape(str(value), quote=True)
+  """Escapes `value` for element content and quoted attributes.
+
+  Bytes of a file name that are not UTF-8 (surrogates in Python), which no page
+  could hold, are written out: "\\udce9".
+  """
+  words = str(value).encode("utf-8", "backslashreplace").decode()
+  return html_lib.escape(words, quote=True)
 
 
 def page(title: str, html: str) -> str:

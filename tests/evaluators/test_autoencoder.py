@@ -5,12 +5,18 @@ import numpy as np
 import pytest
 import tiny
 import tiny_autoencoder
+from PIL import Image
 
 from psvae_jax import sharding
 from psvae_jax.config import MeshConfig
+from psvae_jax.config import parser as config_parser
+from psvae_jax.data import quarantine
 from psvae_jax.data.scenes import SceneSource
 from psvae_jax.evaluators.autoencoder import AutoencoderEvaluator
+from psvae_jax.evaluators.image_metrics import MeanAccumulator
 from psvae_jax.evaluators.scenes import CheckerScore
+from psvae_jax.tasks import make_task
+from psvae_jax.tasks.base import EvalContext
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,43 @@ def test_samples_are_the_first_images_of_the_split(reference):
     np.testing.assert_array_equal(original[i], source[i]["image"])
   with np.load(folder / "latents.npz") as saved:
     assert saved["kl"].shape == (4,)
+
+
+@pytest.mark.parametrize("chief", [True, False])
+def test_every_host_keeps_the_place_of_a_vanished_file(
+  encoder_folder, tmp_path, monkeypatch, chief
+):
+  """Only one host has a folder to write to; all must see the same data."""
+  root = tmp_path / "images"
+  root.mkdir()
+  for i in range(12):
+    Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(root / f"{i:02d}.png")
+  raw = tiny.config(encoder_folder)
+  raw.data = dict(source="folder", root=str(tmp_path), eval_root=str(root))
+  raw.data.update(max_bad_share=0.2, augment="center")
+  raw.eval.update(num_images=12, probe="none")
+  config = config_parser.parse(raw)
+  file = tmp_path / "quarantine.jsonl"
+  (root / "03.png").rename(tmp_path / "03.png")
+  quarantine.Quarantine(
+    split="train", source=str(root), num_records=12, max_bad_share=1, file=file
+  ).add({3: ("03.png", quarantine.Fault("image", "gone"))})
+  seen, update = [], MeanAccumulator.update
+
+  def updated(self, values, mask=None):
+    seen.append(np.asarray(mask))
+    update(self, values, mask)
+
+  monkeypatch.setattr(MeanAccumulator, "update", updated)
+  task = make_task("svae", config, encoder_folder)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    params = jax.jit(task.model.init)(jax.random.key(0), task.frozen["teacher"])
+    folder = tmp_path / "svae" if chief else None
+    task.evaluate(params, task.frozen, EvalContext(mesh, folder, file))
+  mask = np.concatenate(seen)
+  assert np.flatnonzero(~mask[:12]).tolist() == [3]
+  assert (tmp_path / "svae" / "latents.npz").exists() == chief
 
 
 def test_checker_score_reads_the_scenes_own_images():

@@ -9,8 +9,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from psvae_jax.report.figures import Curve, curve_svg
-from psvae_jax.report.images import absolute_error, data_uri, heat, image_psnr
+from psvae_jax.report.figures import (
+  Curve,
+  bar_limits,
+  bars_svg,
+  curve_svg,
+  wants_log_scale,
+)
+from psvae_jax.report.images import data_uri
 from psvae_jax.report.metrics import describe, format_value
 
 
@@ -60,15 +66,33 @@ def test_a_few_bad_values_leave_no_hole_in_a_thinned_curve():
     assert max(xs) - min(xs) > 200  # of 288 units
 
 
-def test_image_figures():
-  a = np.full((2, 2, 3), 10, np.uint8)
-  b = np.full((2, 2, 3), 30, np.uint8)
-  assert image_psnr(a, a) == math.inf
-  assert image_psnr(a, b) == pytest.approx(20 * math.log10(255 / 20))
-  assert absolute_error(a, b).max() == absolute_error(b, a).min() == 80
-  assert absolute_error(a, b, gain=20).min() == 255
-  lightness = heat(np.arange(256, dtype=np.uint8)[None])[0].sum(-1, dtype=int)
-  assert (np.diff(lightness) >= 0).all() and lightness[0] == 0
+@pytest.mark.parametrize(
+  "values",
+  [
+    [1e308, -1e308, 0.5],
+    [1e308, 0.5, 0.25],
+    [5e-324, 1e308, 1.0],
+    [1e308] * 3,
+    [1e308, math.inf, -math.inf],
+  ],
+)
+@pytest.mark.parametrize("count", [3, 3000])
+def test_values_outside_float32_break_no_axis(values, count):
+  with np.errstate(over="raise", invalid="raise"):
+    values = np.resize(np.array(values), count)
+    curve = Curve(0, np.arange(float(count)), values)
+    log_scale = wants_log_scale([curve])
+    svgs = [
+      curve_svg([curve], log_scale=log_scale),
+      curve_svg([curve], percent=True),
+      bars_svg(values, 0),
+      bars_svg(values[:3], 0, bar_limits([values, np.ones(3)])),
+    ]
+  for svg in svgs:
+    assert "var(--s0)" in svg
+    numbers = re.findall(r"[ML] (\S+) (\S+)", svg)
+    assert numbers
+    assert np.isfinite(np.array(numbers, float)).all()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from workdirs import (
 )
 
 from psvae_jax import writers
+from psvae_jax.data import quarantine
 from psvae_jax.report import write_report
 from psvae_jax.report.data import read_run
 
@@ -94,6 +98,44 @@ def test_text_of_the_run_is_escaped(workdir):
   assert page.text.count(evil) == 5
   assert "</pre><script>alert" in page.text
   assert "a<b>&" in page.text
+
+
+def test_names_that_are_not_utf_8_are_written_out(tmp_path):
+  name = os.fsdecode(b"caf\xe9.jpg")
+  workdir = tmp_path / os.fsdecode(b"r\xfcn")
+  workdir.mkdir()
+  stage = workdir / "svae"
+  with writers.MetricWriter(stage):
+    pass
+  (stage / "samples").mkdir()
+  images = np.zeros((1, 8, 8, 3), np.uint8)
+  np.savez(
+    stage / "samples" / "validation.npz",
+    original=images,
+    reconstruction=images,
+    caption=np.array([name]),
+  )
+  quarantine.Quarantine(
+    split="train",
+    source=str(workdir),
+    num_records=10,
+    max_bad_share=0.5,
+    file=workdir / "quarantine.jsonl",
+  ).add({3: (name, quarantine.Fault("image", f"{name}: damaged"))})
+  page = page_of(workdir)
+  shown = r"caf\udce9.jpg"
+  assert f"{shown}: damaged" in page.text
+  assert r"r\udcfcn" in page.text
+  alts = [value for key, value in page.attributes if key == "alt"]
+  assert f"original: {shown}" in alts
+  result = subprocess.run(
+    [sys.executable, "-m", "psvae_jax.report", workdir],
+    env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert result.stdout.endswith("r\\udcfcn/report.html\n")
 
 
 def test_a_run_in_progress_shows_what_there_is(workdir, tmp_path):

@@ -158,7 +158,9 @@ def test_sharpness_without_a_pair_to_compare(workdir, loss, words):
 def test_settings_of_any_kind_do_no_harm(workdir):
   strange = {"loss": {"gan": "x"}, "optim": 3, "train": None}
   change_config(workdir, data=[1], model="m", svae=strange, psvae=7)
-  (workdir / "quarantine.jsonl").write_bytes(b'\xff\n[1]\n{"path": 3}\n')
+  entry = b'{"split": 1, "source": [], "index": 2, "path": 3, "kind": {}}'
+  lines = (b"\xff", b"[1]", b'{"path": 3}', entry)
+  (workdir / "quarantine.jsonl").write_bytes(b"\n".join(lines))
   writers.update_summary(workdir, {"timings": {"svae": 3, "psvae": "x"}})
   page = page_of(workdir)
   assert "1 unusable record left out of the data" in page.text
