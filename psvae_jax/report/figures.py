@@ -234,11 +234,14 @@ def _set_log_scale(axes, curves: Sequence[Curve]) -> None:
 
 
 def _tick(value: float) -> str:
-  """Short label of an axis: 1500 → 1.5k."""
+  """Short label of an axis: 1500 → 1.5k, 1.5e+38 → 1.5e38."""
+  text = f"{value:.4g}"
   for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if abs(value) >= limit:
-      return f"{value / limit:g}{suffix}".replace("-", "−")
-  return f"{value:.4g}".replace("-", "−")
+    if limit <= abs(value) < 1e12:
+      text = f"{value / limit:g}{suffix}"
+      break
+  text = re.sub(r"e\+?(-?)0*", r"e\1", text)
+  return text.replace("-", "−")
 
 
 def _to_svg(figure) -> str:

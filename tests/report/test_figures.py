@@ -11,6 +11,7 @@ import pytest
 
 from psvae_jax.report.figures import (
   Curve,
+  _tick,
   bar_limits,
   bars_svg,
   curve_svg,
@@ -93,6 +94,21 @@ def test_values_outside_float32_break_no_axis(values, count):
     numbers = re.findall(r"[ML] (\S+) (\S+)", svg)
     assert numbers
     assert np.isfinite(np.array(numbers, float)).all()
+
+
+@pytest.mark.parametrize(
+  ("value", "label"),
+  [
+    (0.0, "0"),
+    (-1500.0, "−1.5k"),
+    (2e10, "20G"),
+    (1e-5, "1e−5"),
+    (-1.5e38, "−1.5e38"),
+    (1e30, "1e30"),
+  ],
+)
+def test_labels_of_an_axis_are_short(value, label):
+  assert _tick(value) == label
 
 
 @pytest.mark.parametrize(
