@@ -75,8 +75,7 @@ def trained(encoder_folder, stage, decoder, mesh_name, dtype, accumulate=1):
       return state, (seen["grads"], seen["weight"])
 
     rng = jax.random.key(7)
-    size = 16 if stage == "svae" else 8  # two micro-batches of one an axis
-    batch = sharding.put_batch(tiny.batch(size, task.image_size), mesh)
+    batch = sharding.put_batch(tiny.batch(16, task.image_size), mesh)
     state, first = step(state, frozen, batch, rng)
     for _ in range(2):
       state, _ = step(state, frozen, batch, rng)
