@@ -17,28 +17,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
-from psvae_jax.checkpoint import files
+from psvae_jax.checkpoint import faults, files, newest
 from psvae_jax.checkpoint import read as reader
+from psvae_jax.checkpoint.faults import reading, say
 from psvae_jax.checkpoint.fit import (
   CheckpointError,
   check_fingerprint,
+  check_modules,
   check_tree,
 )
-from psvae_jax.checkpoint.read import (
+from psvae_jax.checkpoint.newest import (
+  agree,
   checked_latest_step,
   has_checkpoint,
-  restore_ema,
 )
+from psvae_jax.checkpoint.read import restore_ema
 from psvae_jax.config import CheckpointConfig
 from psvae_jax.writers import encode_json
 
 __all__ = [
   "CheckpointError",
   "Checkpointer",
+  "agree",
   "checked_latest_step",
   "has_checkpoint",
   "restore_ema",
@@ -101,14 +104,13 @@ class Checkpointer:
     self._state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
-      data=grain.checkpoint.CheckpointSave(data),
-      metadata=ocp.args.JsonSave(self._metadata(step, metadata)),
+      metadata=ocp.args.JsonSave(self._metadata(step, data, metadata)),
     )
     self._saving = step
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as error:
-      if not reader.could_not_write(error):
+      if not faults.could_not_write(error):
         self._saving = None
         raise
       self._give_up(error)
@@ -122,12 +124,6 @@ class Checkpointer:
       if not self._manager.is_saving_in_progress():
         self._settle()
 
-  def metadata(self, step: int) -> dict[str, Any]:
-    restored = self._manager.restore(
-      step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-    )
-    return restored["metadata"]
-
   def restore(self, abstract_state: Any, data: Any) -> tuple[Any, dict] | None:
     """Restores the newest usable checkpoint, or returns None if none exists.
 
@@ -136,21 +132,21 @@ class Checkpointer:
 
     Args:
       abstract_state: tree of `jax.ShapeDtypeStruct` with shardings.
-      data: grain iterator; its position is set in place.
+      data: iterator with `get_state` and `set_state`; its position is set in
+        place.
 
     Raises:
       CheckpointError: it belongs to another job, or none is usable.
     """
-    if not files.all_steps(self._folder):
-      return None
 
     def read(step: int, verified: bool) -> tuple[Any, dict]:
-      metadata = reader.read_metadata(self._manager, step)
+      metadata = newest.read_metadata(self._folder, step, verified)
       check_fingerprint(
         metadata, self._fingerprint, self._description, self._folder
       )
-      with reader.reading("the list of arrays", verified):
+      with reading("the list of arrays", verified):
         saved = self._manager.item_metadata(step)["state"].tree
+      check_modules(abstract_state, saved, self._folder, step)
       check_tree(
         abstract_state,
         saved,
@@ -160,20 +156,22 @@ class Checkpointer:
         f"{step}:",
         dtypes=True,
       )
-      with reader.reading("the state", verified):
+      with reading("the state", verified):
         state = reader.restore_item(
           self._manager, step, state=ocp.args.StandardRestore(abstract_state)
         )
-      with reader.reading("the data position", verified):
-        reader.restore_item(
-          self._manager, step, data=grain.checkpoint.CheckpointRestore(data)
-        )
+      # The metadata has been read, so this is not the files' fault.
+      with reading("the data position", verified=True):
+        data.set_state(metadata["data"])
       return state, metadata
 
-    step, result, damaged = reader.newest_usable(self._folder, read)
+    found = newest.newest_usable(self._folder, read)
+    if found is None:
+      return None
+    step, result, damaged = found
     if damaged:
-      reader.say(
-        f"warning: {reader.list_damaged(self._folder, damaged)}. Resuming from "
+      say(
+        f"warning: {newest.list_damaged(self._folder, damaged)}. Resuming from "
         f"step {step}; what is damaged is kept as <step>.damaged"
       )
       if jax.process_index() == 0:
@@ -214,8 +212,15 @@ class Checkpointer:
       handler_registry=reader.handlers(),
     )
 
-  def _metadata(self, step: int, metadata: dict[str, Any]) -> dict[str, Any]:
-    own = {"step": step, "fingerprint": self._fingerprint}
+  def _metadata(
+    self, step: int, data: Any, metadata: dict[str, Any]
+  ) -> dict[str, Any]:
+    # One position for all hosts, so that any number of them can resume.
+    own = {
+      "step": step,
+      "fingerprint": self._fingerprint,
+      "data": data.get_state(),
+    }
     if self._description is not None:
       own["description"] = self._description
     return encode_json({**metadata, **own})
@@ -236,7 +241,7 @@ class Checkpointer:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      if not reader.could_not_write(error):
+      if not faults.could_not_write(error):
         raise
       self._give_up(error)
     else:
@@ -245,7 +250,7 @@ class Checkpointer:
   def _give_up(self, error: Exception) -> None:
     """Notes a failed save; the run goes on, with a manager that is sound."""
     step, self._saving = self._saving, None
-    reason = reader.short_reason(error)
+    reason = faults.short_reason(error)
     self._unsaved = step, reason
     if jax.process_count() > 1:  # the other processes know nothing of it
       raise CheckpointError(
@@ -258,7 +263,7 @@ class Checkpointer:
     self._manager = self._open()
     latest = self.latest_step()
     good = "none yet" if latest is None else f"step {latest}"
-    reader.say(
+    say(
       f"warning: step {step} could not be saved in {self._folder} ({reason}). "
       "The run goes on and tries again at the next checkpoint; last good one: "
       f"{good}. {self._space()}"

@@ -8,19 +8,26 @@ name, and training never waits for it. Checkpoints without one load unverified.
 """
 
 import errno
+import functools
 import json
 import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 CHECKSUMS_FILE = "checksums.json"
 _DAMAGED = ".damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _CHUNK_BYTES = 1 << 22
-# Read errors that will not pass; all others say nothing about the file.
-_BROKEN_DISK = (errno.EIO, errno.EUCLEAN)
+# Errors of a disk or a network that may pass, and the waits for it, seconds.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+_WAITS = (0.1, 0.4, 1.5)
+# Read errors of one file that have not passed; all others are the disk's.
+_BROKEN_FILE = (errno.EIO, errno.EUCLEAN)
+_T = TypeVar("_T")
 
 
 class DamagedCheckpointError(Exception):
@@ -62,11 +69,27 @@ def write_checksums(folder: Path, step: int) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def check_files(checkpoint: Path) -> bool:
+def patiently(read: Callable[[], _T]) -> _T:
+  """What `read` returns; it is called again where the error may pass."""
+  for seconds in _WAITS:
+    try:
+      return read()
+    except OSError as error:
+      if error.errno not in _PASSING:
+        raise
+    time.sleep(seconds)
+  return read()
+
+
+def check_files(checkpoint: Path, contents: bool = True) -> bool:
   """Compares the files of one checkpoint with its checksums.
 
+  Args:
+    checkpoint: folder of one step.
+    contents: read all of every file; False compares sizes.
+
   Returns:
-    Whether there were checksums to compare with.
+    Whether there were checksums, and they were compared.
 
   Raises:
     DamagedCheckpointError: a file is missing, or is not the one saved.
@@ -75,7 +98,7 @@ def check_files(checkpoint: Path) -> bool:
   if not path.exists():
     return False
   try:
-    files = json.loads(path.read_text(encoding="utf-8"))
+    files = json.loads(patiently(path.read_bytes))
     expected = [(name, int(n), int(crc)) for name, (n, crc) in files.items()]
   except (ValueError, TypeError, AttributeError) as error:
     raise DamagedCheckpointError(f"{CHECKSUMS_FILE} is unreadable") from error
@@ -87,11 +110,13 @@ def check_files(checkpoint: Path) -> bool:
     found = file.stat().st_size
     if found != size:
       raise DamagedCheckpointError(f"{name} has {found} bytes, saved {size}")
+  if not contents:
+    return False
   for name, _, crc in expected:
     try:
-      intact = _crc32(checkpoint / name) == crc
+      intact = patiently(functools.partial(_crc32, checkpoint / name)) == crc
     except OSError as error:
-      if error.errno not in _BROKEN_DISK:
+      if error.errno not in _BROKEN_FILE:
         raise
       raise DamagedCheckpointError(f"{name}: {error.strerror}") from error
     if not intact:

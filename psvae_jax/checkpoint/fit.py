@@ -90,6 +90,42 @@ def check_tree(
     )
 
 
+def check_modules(wanted: Any, saved: Any, folder: Path, step: int) -> None:
+  """Compares which modules two states train, by name.
+
+  Args:
+    wanted: this job's state; its `params` are by module.
+    saved: what the checkpoint holds.
+    folder: `<workdir>/<stage>/checkpoints`; named in the error.
+    step: of the checkpoint.
+
+  Raises:
+    CheckpointError: one of them trains a module that the other does not.
+  """
+  ours, theirs = _modules(wanted), _modules(saved)
+  new = ", ".join(f"`{name}`" for name in ours if name not in theirs)
+  old = ", ".join(f"`{name}`" for name in theirs if name not in ours)
+  said = []
+  if new:
+    said.append(f"this job trains {new}, the checkpoint of step {step} not")
+  if old:
+    said.append(f"the checkpoint of step {step} trains {old}, this job not")
+  if said:
+    field = "the config"
+    if "`discriminator`" in new + old:
+      field = f"config.{folder.parent.name}.loss.gan"
+    raise CheckpointError(
+      f"{folder}: {'; '.join(said)}. Was {field} changed? Use the old value, "
+      "or another --workdir."
+    )
+
+
+def _modules(state: Any) -> list[str]:
+  """Names under `params`."""
+  paths = (name.split("/") for name in _flatten(state, False))
+  return list(dict.fromkeys(p[1] for p in paths if p[0] == "params" and p[1:]))
+
+
 def _flatten(tree: Any, dtypes: bool) -> dict[str, str]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {
@@ -105,7 +141,7 @@ def _differences(saved: Any, wanted: Any) -> list[str]:
   """One line for every field that two descriptions do not share."""
   if not isinstance(saved, Mapping) or wanted is None:
     return []
-  old, new = _fields(saved), _fields(encode_json(wanted))
+  old, new = fields(saved), fields(encode_json(wanted))
   lines = []
   for name in dict.fromkeys([*new, *old]):
     before, now = old.get(name, "nothing"), new.get(name, "nothing")
@@ -114,11 +150,12 @@ def _differences(saved: Any, wanted: Any) -> list[str]:
   return lines
 
 
-def _fields(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  fields = {}
+def fields(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested mappings as one: "a.b" → value."""
+  flat = {}
   for name, item in value.items():
     if isinstance(item, Mapping):
-      fields.update(_fields(item, f"{prefix}{name}."))
+      flat.update(fields(item, f"{prefix}{name}."))
     else:
-      fields[f"{prefix}{name}"] = item
-  return fields
+      flat[f"{prefix}{name}"] = item
+  return flat

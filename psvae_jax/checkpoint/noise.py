@@ -2,8 +2,8 @@
 
 Orbax logs the same failure from each of its threads with a traceback, and
 TensorStore prints one more for every array, as the event loop that waited for
-it is gone. All of it also arrives as one exception, which `checkpoint` puts in
-one line.
+it is gone, and asyncio one for every task that failed beside the first. All of
+it also arrives as one exception, which `checkpoint` puts in one line.
 """
 
 import functools
@@ -24,10 +24,23 @@ class _NoOrbaxTracebacks(logging.Filter):
     )
 
 
+class _NoOrbaxTasks(logging.Filter):
+  """Passes all but asyncio's lines about tasks of Orbax that failed."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return (
+      "exception was never retrieved" not in text
+      or "orbax" not in text
+      or absl_logging.get_verbosity() >= absl_logging.INFO
+    )
+
+
 @functools.cache
 def silence() -> None:
   """Installs the filters, once a process."""
   absl_logging.get_absl_logger().addFilter(_NoOrbaxTracebacks())
+  logging.getLogger("asyncio").addFilter(_NoOrbaxTasks())
   before = sys.unraisablehook
 
   def hook(unraisable) -> None:
