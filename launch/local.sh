@@ -34,6 +34,7 @@ EOF
 config_name() {
   local file="${1%%:*}" name
   name=$(basename "$file" .py)
+  name="${name%.json}"
   [[ "$1" != *:?* ]] || name+="-${1#*:}"
   echo "${name//[^A-Za-z0-9._=-]/-}"
 }

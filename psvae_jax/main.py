@@ -10,7 +10,7 @@ WORKDIR/summary.json.
 
 import json
 import os
-import platform
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ job and skips finished stages. Results: DIR/report.html, DIR/summary.json.
                            as a workdir's config.json
   --config.FIELD=VALUE     any field of it, e.g. --config.psvae.train.steps=100
   --workdir=DIR            checkpoints, metrics and the report; by default
-                           runs/STAGES, e.g. runs/svae-psvae
+                           runs/FILE-VARIANT, e.g. runs/psvae-photos
   --print_config           print the checked config as JSON and stop; opens no
                            weights, data, device or workdir
   --verbosity=0            log everything, with tracebacks
@@ -74,71 +74,65 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   """
   import jax
 
-  from psvae_jax import train, writers
+  from psvae_jax import writers
+  from psvae_jax.results import Results
   from psvae_jax.tasks import make_task
   from psvae_jax.workdir import workdir_lock
 
   parsed = config_parser.parse(config)
   mesh = _make_mesh(parsed)
-  for stage in parsed.stages[1:]:
-    # A mistake in a later stage is found before the first one trains.
-    train.is_finished(make_task(stage, parsed, workdir), parsed, workdir)
-  with workdir_lock(workdir, enabled=jax.process_index() == 0):
+  # Every stage's, so that a later one's mistake is found before any training.
+  tasks = {stage: make_task(stage, parsed, workdir) for stage in parsed.stages}
+  chief = jax.process_index() == 0
+  with workdir_lock(workdir, enabled=chief):
     resolved = config_parser.with_defaults(config)
-    for stage in parsed.stages:
-      _run_stage(stage, parsed, resolved, mesh, workdir)
-    if jax.process_index() == 0:
-      from psvae_jax import report
-
-      train.note(f"report: {report.write_report(workdir)}")
+    results = Results(workdir, resolved, enabled=chief)
+    _drop_finished(tasks, parsed, results, workdir)
+    for stage in list(tasks):
+      _run_stage(tasks.pop(stage), parsed, mesh, workdir, results)
+    results.close()
     return writers.read_summary(workdir)
 
 
-def _run_stage(
-  stage: str,
-  config: Config,
-  resolved: Mapping[str, Any],
-  mesh: Any,
-  workdir: Path,
+def _drop_finished(
+  tasks: dict[str, Any], config: Config, results: Any, workdir: Path
 ) -> None:
-  """Trains one stage unless it is finished; the first one opens the workdir."""
+  """Removes the tasks of finished stages; checks what the others start from.
+
+  Nothing is written before all of them are known to fit the workdir.
+  """
+  from psvae_jax import train
+
+  for stage, task in list(tasks.items()):
+    if train.is_finished(task, config, workdir):
+      train.note(f"{stage}: finished before{results.other_settings(stage)}")
+      del tasks[stage]
+  for task in tasks.values():
+    if task.bridge is not None and task.bridge.stage not in tasks:
+      train.check_bridge(task, workdir)
+  for task in list(tasks.values())[:1]:  # all read the same
+    train.check_data(task, config, workdir)
+
+
+def _run_stage(
+  task: Any, config: Config, mesh: Any, workdir: Path, results: Any
+) -> None:
   import jax
 
-  from psvae_jax import report, sharding, train, writers
-  from psvae_jax.tasks import make_task
+  from psvae_jax import sharding, train
   from psvae_jax.tasks.base import EvalContext
 
-  chief = jax.process_index() == 0
-  task = make_task(stage, config, workdir)
-  finished = train.is_finished(task, config, workdir)  # or another model's
-  train.check_data(task, config, workdir)
-  if chief and stage == config.stages[0]:
-    writers.write_json_atomic(workdir / "config.json", resolved)
-  if finished:
-    train.note(f"{stage}: finished before, skipped")
-    return
   references = {}
-  if stage == config.stages[0]:
+  if task.name == config.stages[0]:
     with jax.set_mesh(mesh):
       frozen = sharding.put_tree(task.frozen, mesh)
       references = task.references(frozen, EvalContext(mesh))
       del frozen
-  result = train.run_stage(task, config, mesh, workdir)
-  if chief:
-    walls = writers.read_summary(workdir).get("wall_seconds", {})
-    walls[stage] = round(result.wall_seconds, 1)
-    walls["total"] = round(sum(v for k, v in walls.items() if k != "total"))
-    writers.update_summary(
-      workdir,
-      {
-        **references,
-        stage: result.metrics,
-        "wall_seconds": walls,
-        "device": _device(),
-        "versions": _versions(),
-      },
-    )
-    report.write_report(workdir)
+  # The config is written once it is certain to fit what is in the workdir.
+  result = train.run_stage(
+    task, config, mesh, workdir, lambda: results.write_config(task.name)
+  )
+  results.add(task.name, result, references)
 
 
 def _make_mesh(config: Config) -> Any:
@@ -159,36 +153,21 @@ def _make_mesh(config: Config) -> Any:
   return mesh
 
 
-def _device() -> str:
-  import jax
-
-  devices = jax.devices()
-  kind = devices[0].device_kind
-  if devices[0].platform == "cpu":
-    kind = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-  return f"{len(devices)} × {kind}"
-
-
-def _versions() -> dict[str, str]:
-  from importlib import metadata
-
-  names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "psvae_jax")
-  found = {"python": platform.python_version()}
-  for name in names:
-    try:
-      found[name] = metadata.version(name)
-    except metadata.PackageNotFoundError:
-      continue
-  return found
-
-
-def _workdir(argument: str | None, config: Mapping[str, Any]) -> Path:
+def _workdir(argument: str | None, config: str) -> Path:
   """The folder to write to, which is not created yet.
+
+  Args:
+    argument: --workdir.
+    config: --config; names the folder where `argument` is missing, in the same
+      way as launch/local.sh.
 
   Raises:
     ConfigError: it cannot be one.
   """
-  workdir = Path(argument or os.path.join("runs", "-".join(config["stages"])))
+  file, _, variant = config.partition(":")
+  name = os.path.basename(file).removesuffix(".py").removesuffix(".json")
+  name = re.sub(r"[^A-Za-z0-9._=-]", "-", f"{name}-{variant}".rstrip("-"))
+  workdir = Path(argument or os.path.join("runs", name))
   if argument and "://" in argument:
     raise ConfigError(
       f"--workdir={argument} is an address; give a folder, e.g. one where the "
@@ -229,7 +208,7 @@ def main(argv: list[str], overrides: Mapping[str, str]) -> None:
     if _PRINT_CONFIG.value:
       print(json.dumps(config, indent=2, ensure_ascii=False))
       return
-    workdir = _workdir(_WORKDIR.value, config)
+    workdir = _workdir(_WORKDIR.value, _CONFIG.value)
   except ConfigError as error:
     cli.fail(str(error))
   from psvae_jax.checkpoint import CheckpointError

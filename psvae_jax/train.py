@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from psvae_jax.optim import make_optimizer
 from psvae_jax.progress import Progress
 from psvae_jax.tasks.base import EvalContext, Task
 from psvae_jax.train_state import TrainState
-from psvae_jax.writers import MetricWriter, read_summary
+from psvae_jax.writers import MetricWriter, disk_is_full, read_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,14 @@ class StageResult:
     metrics: figures of the EMA parameters.
     wall_seconds: time spent in the stage, added up over restarts.
     state: the final state, on the mesh.
+    missing: what a full disk has kept from being written, and why; "" if
+      nothing. Another start of the job writes it.
   """
 
   metrics: dict[str, float]
   wall_seconds: float
   state: TrainState
+  missing: str = ""
 
 
 def make_train_step(
@@ -84,7 +88,7 @@ def init_state(
       shardings[0],
     )
     restored = ckpt.restore_ema(
-      workdir / task.bridge.stage / "checkpoints",
+      _checkpoints(workdir, task.bridge.stage),
       wanted,
       task.bridge.averaged,
       task.fingerprint,
@@ -178,16 +182,48 @@ def is_finished(task: Task, config: Config, workdir: Path) -> bool:
   Raises:
     CheckpointError: the workdir holds another model's checkpoints.
   """
-  folder = workdir / task.name / "checkpoints"
-  if not ckpt.has_checkpoint(folder):
-    return False
-  step = ckpt.checked_latest_step(folder, task.fingerprint, task.description)
-  finished = step >= config.sections[task.name].train.steps
-  return finished and task.name in read_summary(workdir)
+
+  def decide() -> bool:
+    if not ckpt.has_checkpoint(_checkpoints(workdir, task.name)):
+      return False
+    step = _latest_step(task, workdir, task.name)
+    finished = step >= config.sections[task.name].train.steps
+    return finished and task.name in read_summary(workdir)
+
+  return ckpt.agree(decide)
+
+
+def check_bridge(task: Task, workdir: Path) -> None:
+  """Checks that a stage with a bridge, unless begun, finds what it needs.
+
+  Raises:
+    CheckpointError: the earlier stage has no checkpoint, or another model's.
+  """
+
+  def check() -> None:
+    begun = ckpt.has_checkpoint(_checkpoints(workdir, task.name))
+    if not begun:
+      _latest_step(task, workdir, task.bridge.stage)
+
+  ckpt.agree(check)
+
+
+def _checkpoints(workdir: Path, stage: str) -> Path:
+  return workdir / stage / "checkpoints"
+
+
+def _latest_step(task: Task, workdir: Path, stage: str) -> int:
+  return ckpt.checked_latest_step(
+    _checkpoints(workdir, stage), task.fingerprint, task.description
+  )
 
 
 def run_stage(
-  task: Task, config: Config, mesh: Mesh, workdir: Path
+  task: Task,
+  config: Config,
+  mesh: Mesh,
+  workdir: Path,
+  on_start: Callable[[], None] = lambda: None,
 ) -> StageResult:
   """Trains one stage to its end, resuming what is in `workdir`.
 
@@ -196,6 +232,8 @@ def run_stage(
     config: the job.
     mesh: where arrays live.
     workdir: folder of the whole experiment.
+    on_start: called once it is certain that the job fits what is in `workdir`,
+      before the first step; not called when no step is left.
 
   Returns:
     Final figures, and the state.
@@ -208,6 +246,8 @@ def run_stage(
   with jax.set_mesh(mesh):
     run = _Run(task, config, mesh, Path(workdir))
     with run.writer, run.progress:
+      if run.step < run.settings.steps:
+        on_start()
       run.train()
       return run.finish()
 
@@ -239,7 +279,7 @@ class _Run:
     self.rng = jax.device_put(rng, sharding.replicated(mesh))
     self.iterator = make_train_iterator(task, config, task.name, workdir)
     self.checkpointer = ckpt.Checkpointer(
-      folder / "checkpoints",
+      _checkpoints(workdir, task.name),
       config.checkpoint,
       task.fingerprint,
       description=task.description,
@@ -326,9 +366,19 @@ class _Run:
       metrics = self._evaluate()
       metrics["train/skipped_steps"] = float(self.guard.total)
       self.writer.write(self.step, metrics)
-      if jax.process_index() == 0:
+      missing = self._export(metrics)
+    return StageResult(metrics, self.wall_seconds(), self.state, missing)
+
+  def _export(self, metrics: dict[str, float]) -> str:
+    """Writes what the stage leaves; returns why a full disk prevented it."""
+    if jax.process_index() == 0:
+      try:
         self.task.export(self.state.ema_params, metrics, self.workdir)
-    return StageResult(metrics, self.wall_seconds(), self.state)
+      except OSError as error:
+        if not disk_is_full(error):
+          raise
+        return str(error)
+    return ""
 
   def _evaluate(self) -> dict[str, float]:
     return self.task.evaluate(self.state.ema_params, self.frozen, self.context)

@@ -1,8 +1,7 @@
 """One run a workdir: a second one is refused before it can do any harm.
 
 The lock is the operating system's (`flock`), so a killed run leaves none. Where
-the file system has no such locks, the run keeps a file's time fresh instead,
-and a file that has not been touched for a minute counts as left behind.
+the file system has no such locks, the run says so and goes on without.
 """
 
 import contextlib
@@ -14,16 +13,11 @@ import os
 import shlex
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 LOCK_FILE = ".lock"
-_HEARTBEAT_FILE = ".lock-heartbeat"
-_HEARTBEAT_SECONDS = 10.0
-_STALE_SECONDS = 60.0
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
@@ -55,13 +49,16 @@ def workdir_lock(workdir: Path, *, enabled: bool = True) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise _busy(workdir, workdir / LOCK_FILE) from None
+      raise _busy(workdir) from None
     except OSError as error:
       if error.errno not in _NO_LOCKS:
         raise
-      with _heartbeat(workdir):
-        yield
-      return
+      print(
+        f"warning: the file system of {workdir} has no locks "
+        f"({error.strerror}), so a second run there would not be noticed: "
+        "start only one",
+        flush=True,
+      )
     _write_holder(file)
     try:
       yield
@@ -99,9 +96,9 @@ def _write_holder(file: IO[str]) -> None:
     file.flush()
 
 
-def _busy(workdir: Path, path: Path) -> WorkdirBusyError:
+def _busy(workdir: Path) -> WorkdirBusyError:
   try:
-    holder = json.loads(path.read_text(encoding="utf-8"))
+    holder = json.loads((workdir / LOCK_FILE).read_text(encoding="utf-8"))
     who = (
       f"process {holder['pid']} on {holder['host']}, started "
       f"{holder['started']} as: {holder['command']}"
@@ -112,33 +109,3 @@ def _busy(workdir: Path, path: Path) -> WorkdirBusyError:
     f"the workdir {workdir} is in use by another run ({who}). Wait for it, "
     "stop it, or choose another --workdir."
   )
-
-
-@contextlib.contextmanager
-def _heartbeat(workdir: Path) -> Iterator[None]:
-  """The lock of file systems without locks."""
-  path = workdir / _HEARTBEAT_FILE
-  with contextlib.suppress(FileNotFoundError):
-    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-      path.unlink()
-  try:
-    file = path.open("x", encoding="utf-8")
-  except FileExistsError:
-    raise _busy(workdir, path) from None
-  stopped = threading.Event()
-
-  def beat() -> None:
-    while not stopped.wait(_HEARTBEAT_SECONDS):
-      with contextlib.suppress(OSError):
-        os.utime(path)
-
-  thread = threading.Thread(target=beat, name="workdir-heartbeat", daemon=True)
-  with file:
-    _write_holder(file)
-    thread.start()
-    try:
-      yield
-    finally:
-      stopped.set()
-      thread.join()
-      path.unlink(missing_ok=True)

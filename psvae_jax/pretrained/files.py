@@ -179,12 +179,20 @@ def write_safetensors(
   temporary = path.with_name(path.name + ".tmp")
   temporary.touch()
   mode = temporary.stat().st_mode  # what the user's umask asks for
-  safetensors.numpy.save_file(
-    # The writer copies memory as it lies: transposed views must be packed.
-    {key: np.asarray(value, order="C") for key, value in tensors.items()},
-    temporary,
-    metadata={"format": "pt", **(metadata or {})},
-  )
+  try:
+    safetensors.numpy.save_file(
+      # The writer copies memory as it lies: transposed views must be packed.
+      {key: np.asarray(value, order="C") for key, value in tensors.items()},
+      temporary,
+      metadata={"format": "pt", **(metadata or {})},
+    )
+  except safetensors.SafetensorError as error:
+    temporary.unlink(missing_ok=True)
+    code = re.search(r"os error (\d+)", str(error))
+    if code is None:
+      raise
+    number = int(code[1])  # as any other file's trouble
+    raise OSError(number, os.strerror(number), str(path)) from error
   temporary.chmod(mode)  # the writer makes files that only the owner reads
   os.replace(temporary, path)
 

@@ -7,6 +7,8 @@ Contract of the files:
   an interrupted run leaves the same lines as an uninterrupted one.
 * `<stage>/tensorboard/`: the same scalars as TensorBoard events.
 * `summary.json`: final figures, one object a stage, merged over jobs.
+* `<stage>/config.json`: the resolved config the stage was trained with, and
+  `config.json` that of the last job which trained.
 
 JSON has no NaN or infinity. They are written as the strings "NaN", "Infinity"
 and "-Infinity" (the convention of protobuf's JSON mapping, understood by
@@ -103,6 +105,10 @@ def write_arrays_atomic(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez_compressed(file, **arrays)
 
 
+def disk_is_full(error: OSError) -> bool:
+  return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def skipped_when_full(what: str) -> Iterator[None]:
   """Leaves the block with a warning if the disk is full: `what` is not written.
@@ -112,7 +118,7 @@ def skipped_when_full(what: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if not disk_is_full(error):
       raise
     print(
       f"warning: {what} could not be written ({error.strerror}). The run goes "
@@ -325,8 +331,11 @@ def _atomic_file(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException as error:
     temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno and not error.filename:
+      # A write that fails does not say of which file.
+      raise OSError(error.errno, error.strerror, str(path)) from error
     raise
   # The rename itself is durable once the folder's entry is on disk.
   folder = os.open(path.parent, os.O_RDONLY)
