@@ -146,6 +146,8 @@ class Results:
       return None
 
   def _warn(self, stage: str, why: str) -> None:
+    if stage in self._problems:  # said before
+      return
     self._problems[stage] = why
     note(
       f"warning: the results of {stage} could not be written ({why}). The job "

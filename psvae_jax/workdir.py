@@ -67,10 +67,11 @@ def workdir_lock(workdir: Path, *, enabled: bool = True) -> Iterator[None]:
       file.truncate(0)
 
 
-def _open_lock(workdir: Path) -> IO[str]:
+def _open_lock(workdir: Path) -> IO[bytes]:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    return (workdir / LOCK_FILE).open("a+", encoding="utf-8")
+    # Unbuffered: text that a full disk refuses must not be tried again later.
+    return (workdir / LOCK_FILE).open("ab", buffering=0)
   except OSError as error:
     if isinstance(error, (FileExistsError, NotADirectoryError)):
       why = "it, or a folder above it, is a file"
@@ -81,7 +82,7 @@ def _open_lock(workdir: Path) -> IO[str]:
     ) from error
 
 
-def _write_holder(file: IO[str]) -> None:
+def _write_holder(file: IO[bytes]) -> None:
   """Writes who holds the lock; on a full disk it is held without a name."""
   now = datetime.datetime.now().astimezone()
   holder = {
@@ -92,8 +93,7 @@ def _write_holder(file: IO[str]) -> None:
   }
   with contextlib.suppress(OSError):
     file.truncate(0)
-    file.write(json.dumps(holder))
-    file.flush()
+    file.write(json.dumps(holder).encode())
 
 
 def _busy(workdir: Path) -> WorkdirBusyError:

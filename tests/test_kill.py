@@ -1,5 +1,6 @@
 """SIGKILL at random moments: no checkpoint is lost, no run changes."""
 
+import json
 import os
 import pathlib
 import random
@@ -49,11 +50,10 @@ def final_state(workdir, stage):
   """Every saved array of the last checkpoint, and the data position."""
   folder = workdir / stage / "checkpoints" / str(_STEPS)
   state = ocp.StandardCheckpointer().restore(folder / "state")
-  positions = sorted((folder / "data").rglob("*.json"))
-  assert positions
+  metadata = json.loads((folder / "metadata" / "metadata").read_text())
   return (
     {k: state[k] for k in ("step", "params", "opt_state", "ema_params")},
-    [path.read_bytes() for path in positions],
+    metadata["data"],
   )
 
 
@@ -102,19 +102,23 @@ def kill_while_saving(folder, size, delay):
 
 
 def check_kills(folder, size, kills):
-  """`kills` kills, spread evenly and randomly over a save and what follows."""
-  rng, committed, in_save = random.Random(0), 0, 0
-  for number in range(kills):
-    delay = 1.2 * (number + rng.random()) / kills
+  """`kills` kills during a save, spread evenly and randomly over it.
+
+  Saves vary in length, so some kills come too late; those count for nothing
+  but must do no harm either.
+  """
+  rng, committed, in_save, tried = random.Random(0), 0, 0, 0
+  while in_save < kills and tried < 3 * kills:
+    delay = (in_save + rng.random()) / kills
     resumed, leftovers, newest, during, seconds = kill_while_saving(
       folder, size, delay
     )
     # The script itself compares what it resumed from bit for bit.
     assert resumed >= committed
     assert leftovers == 0
-    committed, in_save = newest, in_save + during
-  print(f"{in_save} of {kills} kills fell into a save of {seconds:.2f} s")
-  assert in_save >= kills // 4
+    committed, in_save, tried = newest, in_save + during, tried + 1
+  print(f"{in_save} of {tried} kills fell into a save of {seconds:.2f} s")
+  assert in_save == kills
   step, _ = kill_saving.resume(kill_saving.open_checkpointer(folder), size)
   assert step >= committed
 
@@ -125,7 +129,7 @@ def test_three_kills_during_a_save_lose_no_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_during_a_save_lose_no_checkpoint(tmp_path):
-  """About a minute on two cores."""
+  """One to three minutes on two cores."""
   check_kills(tmp_path / "checkpoints", size=1_250_000, kills=20)
 
 

@@ -1,8 +1,10 @@
 """The command line: what a user sees, and with which exit code."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,14 @@ import time
 
 import pytest
 import tiny
+from small_disk import filled, mounted
 
-from psvae_jax import cli, main
+from psvae_jax import cli, main, report, train, writers
+from psvae_jax.checkpoint import CheckpointError
 from psvae_jax.config import ConfigError
 from psvae_jax.config import parser as config_parser
+from psvae_jax.report.data import read_run
+from psvae_jax.tasks.autoencoder import AutoencoderTask
 from psvae_jax.workdir import workdir_lock
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -183,14 +189,143 @@ def test_a_job_must_fit_the_machine(tmp_path, flag, text, message):
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
   """Root may write anywhere, so the operating system's answer is replaced."""
-  config = {"stages": ("svae",)}
+  config = "configs/psvae.py"
   assert main._workdir(str(tmp_path / "a"), config) == tmp_path / "a"
-  assert main._workdir(None, config) == pathlib.Path("runs/svae")
   monkeypatch.setattr(os, "access", lambda path, mode: False)
   with pytest.raises(
     ConfigError, match=f"no permission to write to {tmp_path}"
   ):
     main._workdir(str(tmp_path / "a" / "b"), config)
+
+
+@pytest.mark.parametrize(
+  "config, name",
+  [
+    ("configs/psvae.py", "psvae"),
+    ("configs/psvae.py:gan", "psvae-gan"),
+    ("psvae.py:base,encoder=a/b", "psvae-base-encoder=a-b"),
+    ("psvae.py:", "psvae"),
+    ("/jobs/my job.json", "my-job"),
+  ],
+)
+def test_the_default_workdir_tells_variants_apart(config, name):
+  """In the way of launch/local.sh, so that both continue the same job."""
+  assert main._workdir(None, config) == pathlib.Path("runs") / name
+  script = (_ROOT / "launch" / "local.sh").read_text()
+  script = script.replace('\nmain "$@"\n', '\nconfig_name "$@"\n')
+  result = subprocess.run(
+    ["bash", "-c", script, "local.sh", config], capture_output=True, text=True
+  )
+  assert result.stdout.strip() == name, result.stderr
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+  """A workdir in which stage 1 has been trained, and the job."""
+  folder = tmp_path_factory.mktemp("job")
+  raw = tiny.config(tiny.save_encoder(folder / "encoder"), steps=2)
+  raw.stages = ("svae",)
+  raw.mesh.data = 8
+  main.run(raw, folder / "run")
+  return folder / "run", raw
+
+
+@pytest.fixture
+def trained(first_stage, tmp_path):
+  workdir, raw = first_stage
+  shutil.copytree(workdir, tmp_path / "run")
+  return tmp_path / "run", raw.copy_and_resolve_references()
+
+
+def test_a_job_that_is_refused_changes_no_config(trained):
+  """Else the sound stage would no longer load."""
+  workdir, raw = trained
+  before = (workdir / "config.json").read_text()
+  raw.stages = ("psvae",)
+  raw.model.channels = 6
+  with pytest.raises(CheckpointError, match="channels: saved 4, this job 6"):
+    main.run(raw, workdir)
+  raw.model.channels = 4
+  raw.data.update(source="folder", root="nowhere", augment="crop")
+  with pytest.raises(FileNotFoundError, match="nowhere"):
+    main.run(raw, workdir)
+  shutil.rmtree(workdir / "svae" / "checkpoints")
+  with pytest.raises(CheckpointError, match="train the earlier stage first"):
+    main.run(raw, workdir)
+  assert (workdir / "config.json").read_text() == before
+  assert not (workdir / "psvae").exists()
+
+
+def test_a_finished_stage_says_what_would_be_trained_otherwise(trained, capsys):
+  """It keeps its own settings, in the report too, and needs no data."""
+  workdir, raw = trained
+  before = (workdir / "config.json").read_text()
+  raw.svae.loss.kl = 0.25
+  raw.data.update(source="folder", root="nowhere", augment="crop")
+  main.run(raw, workdir)
+  assert (
+    "svae: finished before with other settings (loss.kl: 0.001, asked for "
+    "0.25), skipped; --workdir=OTHER trains anew"
+  ) in capsys.readouterr().out
+  assert (workdir / "config.json").read_text() == before
+  assert (workdir / "svae" / "config.json").read_text() == before
+  # As after a later stage that was trained by a job with other settings.
+  later = json.loads(before)
+  later["svae"]["loss"]["kl"] = 0.25
+  (workdir / "config.json").write_text(json.dumps(later))
+  (stage,) = read_run(workdir).stages
+  assert stage.config["loss"]["kl"] == 1e-3
+
+
+def test_a_report_that_cannot_be_written_ends_no_job(
+  trained, capsys, monkeypatch
+):
+  workdir, raw = trained
+  (workdir / "report.html").unlink()
+
+  def broken(*_):
+    raise RuntimeError("no such colour")
+
+  monkeypatch.setattr(report, "write_report", broken)
+  assert "eval/psnr" in main.run(raw, workdir)["svae"]
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if "warning" in x]
+  assert "no such colour" in line
+  assert line.endswith(f"python -m psvae_jax.report {workdir}")
+
+
+def test_a_disk_that_is_full_after_training_loses_nothing(
+  trained, tmp_path, capsys, monkeypatch
+):
+  """Results, report and frozen encoder wait for the next start."""
+  finished, raw = trained
+  with mounted(tmp_path / "disk") as disk:
+    workdir = disk / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "summary.json").write_text('{"other": {"eval/psnr": 1.0}}\n')
+    shutil.rmtree(workdir / "frozen")
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+      evaluate = AutoencoderTask.evaluate
+
+      def filling(*args):
+        stack.enter_context(filled(disk))
+        return evaluate(*args)
+
+      patch.setattr(AutoencoderTask, "evaluate", filling)
+      with pytest.raises(OSError, match="lacks the figures of svae.*command"):
+        main.run(raw, workdir)
+      # What was there is whole.
+      assert writers.read_summary(workdir) == {"other": {"eval/psnr": 1.0}}
+    out = capsys.readouterr().out.splitlines()
+    assert sum("report could not be written" in line for line in out) == 2
+    assert sum("the results of svae could not" in line for line in out) == 1
+    summary = main.run(raw, workdir)
+    assert summary["other"] == {"eval/psnr": 1.0}
+    assert summary["svae"] == writers.read_summary(finished)["svae"]
+    assert list((workdir / "frozen").glob("*/config.json"))
+    capsys.readouterr()
+    monkeypatch.setattr(train, "run_stage", None)
+    main.run(raw, workdir)
+    assert "svae: finished before, skipped" in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_later_stage_stops_the_first(job, tmp_path):

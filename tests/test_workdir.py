@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from small_disk import filled, mounted
 
 from psvae_jax.workdir import WorkdirBusyError, WorkdirError, workdir_lock
 
@@ -106,6 +107,14 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
       subprocess.run(["umount", str(tmp_path)], check=True)
     else:
       tmp_path.chmod(0o700)
+
+
+def test_a_full_disk_is_locked_all_the_same(tmp_path):
+  with mounted(tmp_path / "disk", "1m") as disk, filled(disk):
+    with workdir_lock(disk):
+      with pytest.raises(WorkdirBusyError, match="not written its name"):
+        with workdir_lock(disk):
+          pass
 
 
 def test_a_file_system_without_locks_is_a_warning(
