@@ -75,6 +75,7 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   import jax
 
   from psvae_jax import writers
+  from psvae_jax.checkpoint import agree
   from psvae_jax.results import Results
   from psvae_jax.tasks import make_task
   from psvae_jax.workdir import workdir_lock
@@ -83,14 +84,12 @@ def run(config: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
   mesh = _make_mesh(parsed)
   # Every stage's, so that a later one's mistake is found before any training.
   tasks = {stage: make_task(stage, parsed, workdir) for stage in parsed.stages}
-  chief = jax.process_index() == 0
-  with workdir_lock(workdir, enabled=chief):
-    resolved = config_parser.with_defaults(config)
-    results = Results(workdir, resolved, enabled=chief)
+  with workdir_lock(workdir, enabled=jax.process_index() == 0):
+    results = Results(workdir, config_parser.with_defaults(config))
     _drop_finished(tasks, parsed, results, workdir)
     for stage in list(tasks):
       _run_stage(tasks.pop(stage), parsed, mesh, workdir, results)
-    results.close()
+    agree(results.close)
     return writers.read_summary(workdir)
 
 
@@ -120,6 +119,7 @@ def _run_stage(
   import jax
 
   from psvae_jax import sharding, train
+  from psvae_jax.checkpoint import agree
   from psvae_jax.tasks.base import EvalContext
 
   references = {}
@@ -128,11 +128,12 @@ def _run_stage(
       frozen = sharding.put_tree(task.frozen, mesh)
       references = task.references(frozen, EvalContext(mesh))
       del frozen
-  # The config is written once it is certain to fit what is in the workdir.
-  result = train.run_stage(
-    task, config, mesh, workdir, lambda: results.write_config(task.name)
-  )
-  results.add(task.name, result, references)
+
+  def write_config() -> None:  # called once it is certain to fit the workdir
+    agree(lambda: results.write_config(task.name))
+
+  result = train.run_stage(task, config, mesh, workdir, write_config)
+  agree(lambda: results.add(task.name, result, references))
 
 
 def _make_mesh(config: Config) -> Any:

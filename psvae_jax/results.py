@@ -28,20 +28,16 @@ _MAX_SETTINGS = 5
 
 
 class Results:
-  """The files of one job.
+  """The files of one job; what writes is for the first process alone.
 
   Args:
     workdir: the job's folder.
     config: the resolved raw config.
-    enabled: False on every process but the first: nothing is written.
   """
 
-  def __init__(
-    self, workdir: Path, config: Mapping[str, Any], *, enabled: bool = True
-  ) -> None:
+  def __init__(self, workdir: Path, config: Mapping[str, Any]) -> None:
     self._workdir = Path(workdir)
     self._config = config
-    self._enabled = enabled
     self._pending: dict[str, Any] = {}
     self._problems: dict[str, str] = {}  # stage → why it is not in the summary
 
@@ -69,9 +65,8 @@ class Results:
 
   def write_config(self, stage: str) -> None:
     """Called when the stage begins to train, or goes on."""
-    if self._enabled:
-      for folder in (self._workdir / stage, self._workdir):
-        writers.write_json_atomic(folder / CONFIG_FILE, self._config)
+    for folder in (self._workdir / stage, self._workdir):
+      writers.write_json_atomic(folder / CONFIG_FILE, self._config)
 
   def add(
     self, stage: str, result: StageResult, references: Mapping[str, Any]
@@ -83,8 +78,6 @@ class Results:
       result: what its training returned.
       references: further sections of the summary.
     """
-    if not self._enabled:
-      return
     walls = writers.read_summary(self._workdir).get("wall_seconds", {})
     walls |= self._pending.get("wall_seconds", {})
     walls[stage] = round(result.wall_seconds, 1)
@@ -111,8 +104,6 @@ class Results:
     Raises:
       OSError: figures are missing; says why and what to do.
     """
-    if not self._enabled:
-      return
     with contextlib.suppress(OSError):
       self._write_summary()
     if path := self._write_report():
