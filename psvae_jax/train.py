@@ -96,6 +96,8 @@ def init_state(
       description=task.description,
     )
     params = {**params, **restored}
+  settle = jax.jit(task.settle, out_shardings=shardings[1])
+  model_state = settle(params, model_state)
 
   def create(params, model_state):
     return train_state.create(params, model_state, tx, task.modules)

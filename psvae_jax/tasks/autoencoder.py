@@ -224,6 +224,11 @@ class AutoencoderTask:
       )
     return {name: params[name] for name in self.modules}, state
 
+  def settle(self, params: Params, model_state: Params) -> Params:
+    if self._adversary is None:
+      return model_state
+    return {D: self._adversary.settle(params[D], model_state[D])}
+
   def latent_terms(self, out: Outputs) -> tuple[dict[str, jax.Array], Metrics]:
     """Weighted terms by their name in `Route`, all but "pixel"; figures."""
     weights = self.section.loss
@@ -260,10 +265,11 @@ class AutoencoderTask:
       weight = self._gan_weight(state.step, lambda: self._at_last_layer(only))
       grads, metrics = self._finish(only, weight)
     else:
-      weight = self._gan_weight(
-        state.step,
-        lambda: mean_over(lambda part: self._at_last_layer(start(part)), parts),
-      )
+
+      def sweep():
+        return mean_over(lambda part: self._at_last_layer(start(part)), parts)
+
+      weight = self._gan_weight(state.step, sweep, costly=True)
       grads, metrics = mean_over(
         lambda part: self._finish(start(part), weight), parts
       )
@@ -338,19 +344,29 @@ class AutoencoderTask:
       for cotangent in (done.pixel_grad, done.verdict.image_grad)
     )
 
-  def _gan_weight(self, step: jax.Array, at_last_layer: Callable) -> Any:
-    """Weight of the generator loss in the pixel loss; 0 before it is felt."""
+  def _gan_weight(
+    self, step: jax.Array, at_last_layer: Callable, costly: bool = False
+  ) -> Any:
+    """Weight of the generator loss in the pixel loss; 0 before it is felt.
+
+    Args:
+      step: steps done.
+      at_last_layer: computes the two gradients that λ compares.
+      costly: whether to do so only where λ is wanted.
+    """
     if self._adversary is None:
       return None
     weights, felt = self.section.loss, self._adversary.felt(step)
-    dtype = wide(self.model.encoder.dtype)
-    if not weights.gan_adaptive:
-      return jnp.where(felt, weights.gan, 0.0).astype(dtype)
-    return jax.lax.cond(
-      felt,
-      lambda: weights.gan * losses.adaptive_weight(*at_last_layer()),
-      lambda: jnp.zeros((), dtype),
-    )
+    nothing = jnp.zeros((), wide(self.model.encoder.dtype))
+
+    def weight():
+      if not weights.gan_adaptive:
+        return nothing + weights.gan
+      return weights.gan * losses.adaptive_weight(*at_last_layer())
+
+    if costly:
+      return jax.lax.cond(felt, weight, lambda: nothing)
+    return jnp.where(felt, weight(), nothing)
 
   def _finish(self, done: _Pass, weight: Any) -> tuple[Params, Metrics]:
     """Gradients of every module once the adversarial weight is known."""

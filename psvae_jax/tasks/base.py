@@ -77,6 +77,9 @@ class Task(Protocol):
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     """Initial `params` and `model_state` of a `TrainState`; pure, jitted."""
 
+  def settle(self, params: Params, model_state: Params) -> Params:
+    """`model_state` for parameters that it was not made with; pure, jitted."""
+
   def gradients(
     self, state: TrainState, frozen: Params, batch: Batch, rng: jax.Array
   ) -> tuple[Params, Params, Metrics]:

@@ -248,6 +248,9 @@ class EncoderTask:
     }
     return {name: value["params"] for name, value in modules.items()}, {}
 
+  def settle(self, params: Params, model_state: Params) -> Params:
+    return model_state
+
   def _embed(
     self, params: Params, batch: Batch
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

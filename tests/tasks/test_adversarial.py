@@ -354,3 +354,25 @@ def test_accumulation_in_float64_after_three_steps(encoder_folder):
     whole, parts = train_for(1), train_for(4)
   assert {x.dtype for x in jax.tree.leaves(whole)} == {np.dtype("float64")}
   chex.assert_trees_all_close(whole, parts, rtol=0, atol=1e-9)
+
+
+def test_spectral_norms_settle_on_parameters_of_another_stage(encoder_folder):
+  """σ by one iteration from a settled vector is the largest singular value."""
+  task = make_task(encoder_folder, "psvae", kind="dino", gan=0.5)
+  state, *_ = start(task)  # its parameters are not those of its vectors
+  settled = jax.jit(task.settle)(state.params, state.model_state)
+  kernels = jax.tree_util.tree_flatten_with_path(state.params["discriminator"])[
+    0
+  ]
+  checked = 0
+  for path, kernel in kernels:
+    if path[-1].key != "kernel" or kernel.shape[-1] == 1:
+      continue
+    vectors = settled["discriminator"]
+    for key in path[:-1]:
+      vectors = vectors[key.key]
+    matrix = np.asarray(kernel).reshape(-1, kernel.shape[-1])
+    largest = np.linalg.svd(matrix, compute_uv=False)[0]
+    assert np.linalg.norm(matrix @ vectors["u"]) > 0.99 * largest
+    checked += 1
+  assert checked == 10  # two a head
