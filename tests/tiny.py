@@ -51,7 +51,7 @@ def save_encoder(folder: Path) -> Path:
   return folder
 
 
-# The discriminator's eyes, as deep as RAE's five maps need.
+# The discriminator's eyes: deep enough for two of RAE's five maps.
 DINO = ViTConfig(
   width=32,
   depth=5,

@@ -375,4 +375,4 @@ def test_spectral_norms_settle_on_parameters_of_another_stage(encoder_folder):
     largest = np.linalg.svd(matrix, compute_uv=False)[0]
     assert np.linalg.norm(matrix @ vectors["u"]) > 0.99 * largest
     checked += 1
-  assert checked == 10  # two a head
+  assert checked == 4  # two a head
