@@ -4,6 +4,7 @@ A config file is Python with a function `get_config(variant)`, or JSON: what
 `--print_config` prints and a workdir's `config.json` hold.
 """
 
+import _thread
 import io
 import json
 import os
@@ -159,6 +160,7 @@ def print_any_name() -> None:
 def guard(command: Callable[[], Any], *, interrupted: str) -> Any:
   """Runs a command; Ctrl-C is one line and exit code 130."""
   print_any_name()
+  _keep_interrupts()
   try:
     return command()
   except KeyboardInterrupt:
@@ -169,3 +171,20 @@ def guard(command: Callable[[], Any], *, interrupted: str) -> Any:
     # crash where the interpreter is taken down under them. A save that is cut
     # off leaves the checkpoint before it.
     os._exit(130)
+
+
+def _keep_interrupts() -> None:
+  """Has Ctrl-C raised again where Python drops it.
+
+  That is in finalizers and in callbacks of the garbage collector, of which JAX
+  has one that runs often.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+      _thread.interrupt_main()
+    else:
+      before(unraisable)
+
+  sys.unraisablehook = hook

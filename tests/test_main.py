@@ -379,6 +379,28 @@ def test_ctrl_c_says_how_to_go_on(job, tmp_path):
   assert "Fatal" not in stderr
 
 
+def test_ctrl_c_is_not_lost_in_a_finalizer():
+  code = """
+import os, signal, time
+from psvae_jax import cli
+
+class Finalized:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+def command():
+  Finalized()
+  time.sleep(20)
+
+cli.guard(command, interrupted="go on")
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True
+  )
+  assert (result.returncode, result.stderr) == (130, "\ninterrupted; go on\n")
+
+
 def test_split_overrides():
   arguments = (
     *("prog", "--config=a.py", "--config.a.b=1", "-config.a.c", "-2"),

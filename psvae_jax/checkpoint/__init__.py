@@ -189,8 +189,9 @@ class Checkpointer:
     """
     self._settle()
     self._manager.close()
+    # TensorStore may have gone on writing for a save that had failed.
+    self._remove_partial()
     if self._unsaved:
-      self._remove_partial()
       step, reason = self._unsaved
       latest = next(iter(files.all_steps(self._folder)), None)
       resumes = "starts over" if latest is None else f"resumes at step {latest}"
