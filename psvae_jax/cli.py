@@ -4,12 +4,13 @@ A config file is Python with a function `get_config(variant)`, or JSON: what
 `--print_config` prints and a workdir's `config.json` hold.
 """
 
-import _thread
 import io
 import json
 import os
 import runpy
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -183,7 +184,9 @@ def _keep_interrupts() -> None:
 
   def hook(unraisable: Any) -> None:
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-      _thread.interrupt_main()
+      # Not from here, where it would be dropped once more.
+      again = (os.getpid(), signal.SIGINT)
+      threading.Timer(0.05, os.kill, again).start()
     else:
       before(unraisable)
 
