@@ -100,17 +100,18 @@ def _drop_finished(
 
   Nothing is written before all of them are known to fit the workdir.
   """
+  from psvae_jax import stages as stage_lib
   from psvae_jax import train
 
   for stage, task in list(tasks.items()):
-    if train.is_finished(task, config, workdir):
+    if stage_lib.is_finished(task, config, workdir):
       train.note(f"{stage}: finished before{results.other_settings(stage)}")
       del tasks[stage]
   for task in tasks.values():
     if task.bridge is not None and task.bridge.stage not in tasks:
-      train.check_bridge(task, workdir)
+      stage_lib.check_bridge(task, workdir)
   for task in list(tasks.values())[:1]:  # all read the same
-    train.check_data(task, config, workdir)
+    stage_lib.check_data(task, config, workdir)
 
 
 def _run_stage(

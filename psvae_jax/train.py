@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,14 +13,14 @@ from jax.sharding import Mesh
 from psvae_jax import checkpoint as ckpt
 from psvae_jax import guard as guard_lib
 from psvae_jax import sharding, train_state
-from psvae_jax.config import STAGES, Config
+from psvae_jax import stages as stage_lib
+from psvae_jax.config import Config
 from psvae_jax.config.checks import check_shards
-from psvae_jax.data import pipeline, sources
 from psvae_jax.optim import make_optimizer
 from psvae_jax.progress import Progress
 from psvae_jax.tasks.base import EvalContext, Task
 from psvae_jax.train_state import TrainState
-from psvae_jax.writers import MetricWriter, disk_is_full, read_summary
+from psvae_jax.writers import MetricWriter, disk_is_full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,155 +68,10 @@ def make_train_step(
   return train_step
 
 
-def init_state(
-  task: Task,
-  tx: optax.GradientTransformationExtraArgs,
-  frozen: Any,
-  mesh: Mesh,
-  rng: jax.Array,
-  workdir: Path,
-) -> TrainState:
-  """Fresh state of a stage, created sharded, bridged from the stage before."""
-  abstract = jax.eval_shape(task.init, rng, frozen)
-  shardings = sharding.infer_sharding(abstract, mesh)
-  params, model_state = jax.jit(task.init, out_shardings=shardings)(rng, frozen)
-  if task.bridge is not None:
-    wanted = jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-      abstract[0],
-      shardings[0],
-    )
-    restored = ckpt.restore_ema(
-      _checkpoints(workdir, task.bridge.stage),
-      wanted,
-      task.bridge.averaged,
-      task.fingerprint,
-      raw_modules=task.bridge.trained,
-      description=task.description,
-    )
-    params = {**params, **restored}
-  settle = jax.jit(task.settle, out_shardings=shardings[1])
-  model_state = settle(params, model_state)
-
-  def create(params, model_state):
-    return train_state.create(params, model_state, tx, task.modules)
-
-  shapes = jax.eval_shape(create, params, model_state)
-  out = sharding.infer_sharding(shapes, mesh)
-  # Not donated: jit would hand `params` through and alias it with the EMA.
-  return jax.jit(create, out_shardings=out)(params, model_state)
-
-
-def abstract_state(
-  task: Task,
-  tx: optax.GradientTransformationExtraArgs,
-  frozen: Any,
-  mesh: Mesh,
-) -> TrainState:
-  """Shapes, dtypes and shardings of a state: the target of a restore."""
-
-  def create(rng, frozen):
-    return train_state.create(*task.init(rng, frozen), tx, task.modules)
-
-  shapes = jax.eval_shape(create, jax.random.key(0), frozen)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    sharding.infer_sharding(shapes, mesh),
-  )
-
-
 def note(message: str) -> None:
   """One line for the user, from one process."""
   if jax.process_index() == 0:
     print(message, flush=True)
-
-
-def make_train_iterator(
-  task: Task, config: Config, stage: str, workdir: Path
-) -> Any:
-  """This host's part of the training batches of `stage`, checkpointable."""
-  section = config.sections[stage]
-  return pipeline.train_iterator(
-    sources.make_source(
-      config.data, "train", task.image_size, quarantine_file(workdir)
-    ),
-    image_size=task.image_size,
-    batch_size=section.train.batch_size,
-    # Stages see different orders of the same data, whichever are run.
-    seed=config.data.seed + 1009 * _stage_index(stage),
-    augment=config.data.augment,
-    min_scale=config.data.min_scale,
-    num_threads=config.data.num_threads,
-    prefetch=config.data.prefetch,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    transform=task.example_transform(),
-  )
-
-
-def quarantine_file(workdir: Path) -> Path:
-  """Where the records that cannot be read are named."""
-  return Path(workdir) / "quarantine.jsonl"
-
-
-def check_data(task: Task, config: Config, workdir: Path) -> None:
-  """Opens both splits, so that a wrong folder fails before any training.
-
-  Raises:
-    FileNotFoundError: a folder is missing or empty.
-    ValueError: a split has no images.
-  """
-  for split in ("train", "validation"):
-    sources.make_source(
-      config.data, split, task.image_size, quarantine_file(workdir)
-    )
-
-
-def _stage_index(stage: str) -> int:
-  return list(STAGES).index(stage)
-
-
-def is_finished(task: Task, config: Config, workdir: Path) -> bool:
-  """Whether a stage has its last checkpoint and its figures.
-
-  Raises:
-    CheckpointError: the workdir holds another model's checkpoints.
-  """
-
-  def decide() -> bool:
-    if not ckpt.has_checkpoint(_checkpoints(workdir, task.name)):
-      return False
-    step = _latest_step(task, workdir, task.name)
-    finished = step >= config.sections[task.name].train.steps
-    return finished and task.name in read_summary(workdir)
-
-  return ckpt.agree(decide)
-
-
-def check_bridge(task: Task, workdir: Path) -> None:
-  """Checks that a stage with a bridge, unless begun, finds what it needs.
-
-  Raises:
-    CheckpointError: the earlier stage has no checkpoint, or another model's.
-  """
-
-  def check() -> None:
-    begun = ckpt.has_checkpoint(_checkpoints(workdir, task.name))
-    if not begun:
-      _latest_step(task, workdir, task.bridge.stage)
-
-  ckpt.agree(check)
-
-
-def _checkpoints(workdir: Path, stage: str) -> Path:
-  return workdir / stage / "checkpoints"
-
-
-def _latest_step(task: Task, workdir: Path, stage: str) -> int:
-  return ckpt.checked_latest_step(
-    _checkpoints(workdir, stage), task.fingerprint, task.description
-  )
 
 
 def run_stage(
@@ -275,23 +129,27 @@ class _Run:
     tx = make_optimizer(task.modules, self.settings.steps)
     # Streams by name: stage, then what the stage draws for.
     root = jax.random.fold_in(
-      jax.random.key(config.seed), _stage_index(task.name)
+      jax.random.key(config.seed), stage_lib.index(task.name)
     )
     init_rng, rng = jax.random.split(root)
     self.rng = jax.device_put(rng, sharding.replicated(mesh))
-    self.iterator = make_train_iterator(task, config, task.name, workdir)
+    self.iterator = stage_lib.make_train_iterator(
+      task, config, task.name, workdir
+    )
     self.checkpointer = ckpt.Checkpointer(
-      _checkpoints(workdir, task.name),
+      stage_lib.checkpoints(workdir, task.name),
       config.checkpoint,
       task.fingerprint,
       description=task.description,
     )
     restored = self.checkpointer.restore(
-      abstract_state(task, tx, self.frozen, mesh), self.iterator
+      stage_lib.abstract_state(task, tx, self.frozen, mesh), self.iterator
     )
     self.step, self.spent, skipped = 0, 0.0, 0
     if restored is None:
-      self.state = init_state(task, tx, self.frozen, mesh, init_rng, workdir)
+      self.state = stage_lib.init_state(
+        task, tx, self.frozen, mesh, init_rng, workdir
+      )
     else:
       self.state, metadata = restored
       self.step, self.spent = metadata["step"], metadata["wall_seconds"]
@@ -308,7 +166,7 @@ class _Run:
       ),
     )
     self.context = EvalContext(
-      mesh, folder if chief else None, quarantine_file(workdir)
+      mesh, folder if chief else None, stage_lib.quarantine_file(workdir)
     )
     self.writer = MetricWriter(folder, start_step=self.step, enabled=chief)
     self.guard = guard_lib.Guard(

@@ -11,6 +11,7 @@ Commands that tests start inherit the platform, the cache and the offline
 switch, but see one CPU device and the default precision, as a user's would.
 """
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -46,6 +47,20 @@ def _set_compilation_cache(config: pytest.Config) -> None:
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(seconds)
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+  """Collects with the garbage collector off.
+
+  Python 3.11 loses count when a collection's callback (jax has one) interrupts
+  the parsing of a test file: "AST constructor recursion depth mismatch".
+  """
+  gc.disable()
+  try:
+    return (yield)
+  finally:
+    gc.enable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

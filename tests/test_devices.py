@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from psvae_jax import optim, sharding, train, train_state
+from psvae_jax import stages as stage_lib
 from psvae_jax.config import ConfigError, MeshConfig
 from psvae_jax.config import parser as config_parser
 from psvae_jax.tasks.autoencoder import AutoencoderTask
@@ -140,7 +141,7 @@ def test_optimizer_and_ema_take_the_parameters_sharding(encoder_folder):
   tx = optim.make_optimizer(task.modules, 10)
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
-    shapes = train.abstract_state(task, tx, frozen, mesh)
+    shapes = stage_lib.abstract_state(task, tx, frozen, mesh)
   shardings = sharding.infer_sharding(shapes, mesh)
   wanted = jax.tree.map(lambda s: s.spec, shardings.params)
   averaged = {k: v for k, v in wanted.items() if k != "discriminator"}

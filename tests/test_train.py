@@ -15,6 +15,7 @@ import tiny
 
 from psvae_jax import checkpoint as ckpt
 from psvae_jax import main, optim, sharding, train
+from psvae_jax import stages as stage_lib
 from psvae_jax.config import MeshConfig
 from psvae_jax.config import parser as config_parser
 from psvae_jax.pretrained.encoder import load_encoder
@@ -27,10 +28,38 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(encoder_folder, tmp_path_factory):
+def traces():
+  """Stages whose step was traced by `finished`, once for every time."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def finished(encoder_folder, traces, tmp_path_factory):
   """An uninterrupted run of both stages on one device."""
+  make_train_step = train.make_train_step
+
+  def counting(task, tx, ema):
+    step = make_train_step(task, tx, ema)
+
+    def counted(*args):
+      traces.append(task.name)
+      return step(*args)
+
+    return counted
+
   workdir = tmp_path_factory.mktemp("finished")
-  return workdir, run(encoder_folder, workdir)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "make_train_step", counting)
+    return workdir, run(encoder_folder, workdir)
+
+
+def make_config(encoder_folder, steps=4):
+  """Both stages with an adversary on DINO's features from the second step."""
+  raw = tiny.adversarial_config(encoder_folder, steps, kind="dino")
+  for stage in ("svae", "psvae"):
+    raw[stage].loss.gan_start = 1
+    raw[stage].optim.update(clip=1.0)
+  return raw
 
 
 def make_mesh(count=1, **sizes):
@@ -39,7 +68,7 @@ def make_mesh(count=1, **sizes):
 
 def run(encoder_folder, workdir, stages=("svae", "psvae"), **train_changes):
   """Runs stages in order; returns stage → StageResult."""
-  raw = tiny.config(encoder_folder)
+  raw = make_config(encoder_folder)
   for stage in ("svae", "psvae"):
     raw[stage].train.update(train_changes)
   config = config_parser.parse(raw)
@@ -53,14 +82,14 @@ def run(encoder_folder, workdir, stages=("svae", "psvae"), **train_changes):
 
 def next_batch(encoder_folder, workdir, stage):
   """The batch a resumed run would take next."""
-  config = config_parser.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(make_config(encoder_folder))
   task = make_task(stage, config, workdir)
-  iterator = train.make_train_iterator(task, config, stage, workdir)
+  iterator = stage_lib.make_train_iterator(task, config, stage, workdir)
   mesh = make_mesh()
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
     tx = optim.make_optimizer(task.modules, 4)
-    abstract = train.abstract_state(task, tx, frozen, mesh)
+    abstract = stage_lib.abstract_state(task, tx, frozen, mesh)
     checkpointer = ckpt.Checkpointer(
       workdir / stage / "checkpoints", config.checkpoint, task.fingerprint
     )
@@ -121,13 +150,15 @@ def test_bridge_starts_stage_2_from_the_ema_of_stage_1(
   encoder_folder, finished
 ):
   workdir, results = finished
-  config = config_parser.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(make_config(encoder_folder))
   task = make_task("psvae", config, workdir)
   mesh = make_mesh()
   with jax.set_mesh(mesh):
     frozen = sharding.put_tree(task.frozen, mesh)
     tx = optim.make_optimizer(task.modules, 4)
-    state = train.init_state(task, tx, frozen, mesh, jax.random.key(5), workdir)
+    state = stage_lib.init_state(
+      task, tx, frozen, mesh, jax.random.key(5), workdir
+    )
   ema = results["svae"].state.ema_params
   for name in ("semantic_encoder", "semantic_decoder", "pixel_decoder"):
     chex.assert_trees_all_equal(state.params[name], ema[name])
@@ -140,7 +171,7 @@ def test_bridge_starts_stage_2_from_the_ema_of_stage_1(
 
 def test_bridge_refuses_another_model(encoder_folder, finished):
   workdir, _ = finished
-  raw = tiny.config(encoder_folder)
+  raw = make_config(encoder_folder)
   raw.model.channels = 6
   config = config_parser.parse(raw)
   task = make_task("psvae", config, workdir)
@@ -150,7 +181,7 @@ def test_bridge_refuses_another_model(encoder_folder, finished):
 
 def test_bridge_names_a_parameter_of_another_shape(encoder_folder, finished):
   workdir, _ = finished
-  config = config_parser.parse(tiny.config(encoder_folder))
+  config = config_parser.parse(make_config(encoder_folder))
   task = make_task("psvae", config, workdir)
   leaf = jax.ShapeDtypeStruct(
     (3, 5), jnp.float32, sharding=sharding.replicated(make_mesh())
@@ -186,30 +217,14 @@ def test_keeps_the_newest_checkpoints(finished):
   ]
 
 
-def test_step_is_traced_once_and_never_blocks(
-  encoder_folder, tmp_path, monkeypatch
-):
+def test_step_is_traced_once_and_never_blocks(finished, traces):
   """`transfer_guard` is on inside the loop, so a blocked step would raise."""
-  make_train_step = train.make_train_step
-  traces = []
-
-  def counting(task, tx, ema):
-    step = make_train_step(task, tx, ema)
-
-    def counted(*args):
-      traces.append(task.name)
-      return step(*args)
-
-    return counted
-
-  monkeypatch.setattr(train, "make_train_step", counting)
-  run(encoder_folder, tmp_path)
   assert traces == ["svae", "psvae"]
 
 
 def test_changed_optimizer_is_a_clear_error(encoder_folder, tmp_path):
   run(encoder_folder, tmp_path, stages=("svae",))
-  raw = tiny.config(encoder_folder, steps=6)
+  raw = make_config(encoder_folder, steps=6)
   raw.svae.optim.clip = 0.0
   config = config_parser.parse(raw)
   task = make_task("svae", config, tmp_path)
