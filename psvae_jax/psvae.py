@@ -92,7 +92,7 @@ class PSVAE:
         or to any encoder that is at hand, or are damaged.
     """
     workdir = Path(path).expanduser()
-    config = _read_config(workdir)
+    config = _read_config(workdir, stage)
     stage = _pick_stage(workdir, stage)
     encoder, description = _find_encoder(workdir, stage, config)
     model = model_lib.build(
@@ -242,14 +242,16 @@ def stages_with_checkpoints(workdir: str | os.PathLike) -> list[str]:
   ]
 
 
-def _read_config(workdir: Path) -> Config:
-  """The config of a workdir, which must be an autoencoder's."""
+def _read_config(workdir: Path, stage: str | None) -> Config:
+  """The config a stage was trained with, or else the last job's."""
   if not workdir.is_dir():
     raise FileNotFoundError(
       f"{workdir} is not a folder; give the --workdir of a training job"
     )
-  path = workdir / "config.json"
-  if not path.is_file():
+  names = [stage] if stage else stages_with_checkpoints(workdir)[-1:]
+  paths = [workdir / name / "config.json" for name in (*names, "")]
+  path = next((path for path in paths if path.is_file()), None)
+  if path is None:
     raise FileNotFoundError(
       f"{workdir} is not a workdir: it has no config.json; give the --workdir "
       "of a training job"

@@ -234,6 +234,15 @@ def test_the_encoder_is_the_frozen_copy_or_the_configs(job, vaes, tmp_path):
   np.testing.assert_array_equal(found, expected)
 
 
+def test_a_stages_own_config_comes_before_the_last_jobs(job, vaes, tmp_path):
+  """Another job, here one of another kind, has used the workdir since."""
+  workdir = copy(job, tmp_path, "svae")
+  shutil.copy(job[0] / "config.json", workdir / "svae" / "config.json")
+  (workdir / "config.json").write_text('{"stages": ["encoder"]}')
+  found = psvae_jax.PSVAE.from_pretrained(workdir).encode(images(2))
+  np.testing.assert_array_equal(found, vaes["svae"].encode(images(2)))
+
+
 def test_a_workdir_that_is_none_is_named(job, tmp_path):
   load = psvae_jax.PSVAE.from_pretrained
   with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
