@@ -61,7 +61,6 @@ def make_train_step(
       metrics[f"grad_norm/{name}"] = optax.global_norm(grads[name])
       metrics[f"update_norm/{name}"] = optax.global_norm(updates[name])
     metrics = {f"train/{k}": v for k, v in metrics.items()}
-    # The old state survives as long as `finite` is open.
     finite, flags = guard_lib.check(metrics)
     return train_state.skip(state, new_state, finite), metrics, flags
 
