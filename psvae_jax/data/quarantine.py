@@ -151,15 +151,17 @@ class Quarantine:
     for entry in entries[: max(0, _LOGGED - self._num_logged)]:
       logging.warning(
         "Skipping %s of the %s split: %s",
-        entry["path"],
+        _printable(entry["path"]),
         self._split,
-        entry["cause"],
+        _printable(entry["cause"]),
       )
     before, self._num_logged = self._num_logged, self._num_logged + len(entries)
     if before < _LOGGED <= self._num_logged:
       logging.warning(
         "Further bad records are %s.",
-        "counted only" if self.file is None else f"named in {self.file} only",
+        "counted only"
+        if self.file is None
+        else f"named in {_printable(self.file)} only",
       )
 
   def _message(self) -> str:
@@ -199,6 +201,11 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
       _key(entry)
       entries.append(entry)
   return entries
+
+
+def _printable(value: object) -> str:
+  """Text that any log can hold: bytes that are not UTF-8 are written out."""
+  return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _key(entry: Mapping[str, Any]) -> tuple[str, str, str, int, str]:
@@ -242,8 +249,8 @@ class _Writer:
       if not self._has_warned:
         logging.warning(
           "Cannot write %s (%s); training goes on, bad records are counted.",
-          self._path,
-          error,
+          _printable(self._path),
+          _printable(error),
         )
       self._has_warned = True
       return entries

@@ -100,7 +100,7 @@ def test_text_of_the_run_is_escaped(workdir):
   assert "a<b>&" in page.text
 
 
-def test_names_that_are_not_utf_8_are_written_out(tmp_path):
+def test_names_that_are_not_utf_8_are_written_out(tmp_path, caplog):
   name = os.fsdecode(b"caf\xe9.jpg")
   workdir = tmp_path / os.fsdecode(b"r\xfcn")
   workdir.mkdir()
@@ -122,8 +122,9 @@ def test_names_that_are_not_utf_8_are_written_out(tmp_path):
     max_bad_share=0.5,
     file=workdir / "quarantine.jsonl",
   ).add({3: (name, quarantine.Fault("image", f"{name}: damaged"))})
-  page = page_of(workdir)
   shown = r"caf\udce9.jpg"
+  assert f"Skipping {shown}" in caplog.text
+  page = page_of(workdir)
   assert f"{shown}: damaged" in page.text
   assert r"r\udcfcn" in page.text
   alts = [value for key, value in page.attributes if key == "alt"]
