@@ -5,7 +5,7 @@
 * Exact float32 matrix products.
 * No network: Hugging Face libraries use local files only.
 * Compiled programs are kept in .pytest_cache between runs, and are compiled
-  without LLVM's optimisations: tests compile much and compute little.
+  with few of LLVM's optimisations: tests compile much and compute little.
 
 Commands that tests start inherit the platform, the cache and the offline
 switch, but see one CPU device and the default precision, as a user's would.
@@ -21,7 +21,7 @@ _XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Set in the environment, so that commands find what tests have compiled.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # Read by torch when a parity test imports it: beside other test processes its
 # threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _XDIST_WORKER else "2")

@@ -34,6 +34,8 @@ def make_task(
   kind = "dino" if stage == "svae" else "patch"
   raw = tiny.adversarial_config(encoder_folder, decoder=decoder, kind=kind)
   raw[stage].train.accumulate = accumulate
+  if accumulate == 1:  # no loop and no condition around the convolutions
+    raw.compute.convolution = "native"
   raw.compute.dtype = dtype
   raw[stage].optim.eps = 1e-3
   raw[stage].discriminator_optim.eps = 1e-3

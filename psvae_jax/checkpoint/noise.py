@@ -25,13 +25,17 @@ class _NoOrbaxTracebacks(logging.Filter):
 
 
 class _NoOrbaxTasks(logging.Filter):
-  """Passes all but asyncio's lines about tasks of Orbax that failed."""
+  """Passes all but asyncio's lines about tasks of Orbax that failed.
+
+  TensorStore's futures, whose lines do not name it, fail by the disk's errors.
+  """
 
   def filter(self, record: logging.LogRecord) -> bool:
     text = record.getMessage()
+    error = record.exc_info[1] if record.exc_info else None
     return (
       "exception was never retrieved" not in text
-      or "orbax" not in text
+      or not ("orbax" in text or isinstance(error, OSError))
       or absl_logging.get_verbosity() >= absl_logging.INFO
     )
 
