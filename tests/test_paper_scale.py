@@ -37,7 +37,7 @@ def make_task(argument, stage):
   raw = get_config(f"{argument},encoder={_ENCODER}")
   section = raw[stage]
   section.train.batch_size = 1
-  section.loss.gan_start = 0
+  section.loss.gan_start = section.loss.gan_warmup = 0
   section.optim.warmup_steps = section.discriminator_optim.warmup_steps = 0
   return AutoencoderTask(stage, config_parser.parse(raw), _ROOT)
 
