@@ -4,11 +4,11 @@
     python -m psvae_jax.main --config=configs/psvae.py:VARIANT,OPTION=VALUE ...
 
 Variants
-""        the embedded miniature: 48 × 48 scenes, about eight minutes on two CPU
-          cores; expect eval/psnr 19.7 dB after stage 1, 31.4 dB after stage 2.
+""        the embedded miniature: 48 × 48 scenes, eight to eleven minutes on two
+          CPU cores; expect eval/psnr 19.7 dB after stage 1, 31.4 dB after stage 2.
 "gan"     the miniature with a small PatchGAN for the last third of stage 2.
-          Some two minutes more; expect 31.1 dB, and sharpness 1.04 where it was
-          0.97 before the term.
+          Wall time not measured alone; expect 31.1 dB, and sharpness 1.04 where
+          it was 0.97 before the term.
 "photos"  64 × 64 crops of a folder of images with the same encoder; add
           --config.data.root=TRAIN --config.data.eval_root=VALIDATION. Eleven
           minutes on two busy CPU cores; expect 26.7 dB after stage 2.
@@ -113,7 +113,8 @@ def _miniature() -> ml_collections.ConfigDict:
   c.checkpoint = dict(every_steps=250, keep=2)
   c.eval = dict(every_steps=400, batch_size=128, num_images=512, probe="scenes")
   # matmul: made for CPUs, where the adversary's convolutions, which stand
-  # under a condition, would otherwise take twenty times as long.
+  # under a condition, would otherwise take some fifteen times as long
+  # (python -m psvae_jax.benchmarks.convolution).
   c.compute = dict(dtype="float32", remat=False, unroll=1, convolution="matmul")
   c.model = dict(
     encoder="",  # the embedded one
