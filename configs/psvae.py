@@ -5,7 +5,7 @@
 
 Variants
 ""        the embedded miniature: 48 × 48 scenes, eight to eleven minutes on two
-          CPU cores; expect eval/psnr 19.7 dB after stage 1, 31.4 dB after stage 2.
+          CPU cores; expect eval/psnr 19.7 dB after stage 1, 31.4 after stage 2.
 "gan"     the miniature with a small PatchGAN for the last third of stage 2.
           Wall time not measured alone; expect 31.1 dB, and sharpness 1.04 where
           it was 0.97 before the term.
