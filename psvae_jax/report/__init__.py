@@ -17,6 +17,7 @@ from psvae_jax.progress import format_seconds
 from psvae_jax.report import data, figures, page
 from psvae_jax.report.curves import curves_section
 from psvae_jax.report.features import features_section
+from psvae_jax.report.generated import edits_section, generated_section
 from psvae_jax.report.images import images_section
 from psvae_jax.report.latents import latents_section
 from psvae_jax.report.metrics import describe, format_value, is_number
@@ -55,6 +56,8 @@ def write_report(workdir: Path) -> Path:
       None,
       [
         page.section("results", "Results", results_section(run)),
+        page.section("generated", "Generated images", generated_section(run)),
+        page.section("edits", "Edits", edits_section(run)),
         page.section("images", "Reconstructions", images_section(run)),
         page.section("features", "Features", features_section(run)),
         page.section("curves", "Curves", curves_section(run, colors)),

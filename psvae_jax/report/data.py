@@ -7,8 +7,6 @@ that cannot be read is left out and named in `Run.notices`.
 import dataclasses
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ import numpy as np
 
 from psvae_jax import writers
 from psvae_jax.data import quarantine
+from psvae_jax.report.arrays import read_arrays
 from psvae_jax.report.metrics import is_number, rank
+from psvae_jax.report.pictures import Pictures, read_pictures
 
 CONFIG_FILE = "config.json"
 SAMPLES_DIR = "samples"
@@ -35,6 +35,7 @@ STAGE_TITLES = {
   "t2i": "Text to image",
   "edit": "Editing",
 }
+GENERATOR_STAGES = ("t2i", "edit")
 # Columns beside the stages: sections of the summary, and the floors of a probe.
 REFERENCE_TITLES = {
   "encoder": "Frozen encoder",
@@ -58,6 +59,8 @@ class Stage:
     planned_steps: from the config; 0 if it does not say.
     batch_size: from the config; 0 if it does not say.
     config: the stage's section of the config it was trained with.
+    job: that whole config, {} if there is none.
+    pictures: what a generator's evaluations left.
   """
 
   name: str
@@ -69,6 +72,13 @@ class Stage:
   planned_steps: int = 0
   batch_size: int = 0
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  job: dict[str, Any] = dataclasses.field(default_factory=dict)
+  pictures: Pictures = Pictures()
+
+  @property
+  def is_generator(self) -> bool:
+    """Whether it trains the generator on another stage's latents."""
+    return self.name in GENERATOR_STAGES
 
   @property
   def adversarial_marks(self) -> tuple[int, ...]:
@@ -227,7 +237,8 @@ def read_run(workdir: Path) -> Run:
     section = summary.get(name)
     # What the stage was trained with; later jobs may ask for something else.
     trained = _read_config(workdir / name / CONFIG_FILE, notices)
-    own = _mapping(_stage_config(trained or config, name))
+    job = trained or config
+    own = _mapping(_stage_config(job, name))
     train = _mapping(own.get("train"))
     stages.append(
       Stage(
@@ -240,6 +251,8 @@ def read_run(workdir: Path) -> Run:
         planned_steps=_count(train.get("steps")),
         batch_size=_count(train.get("batch_size")),
         config=own,
+        job=job,
+        pictures=read_pictures(workdir / name, notices),
       )
     )
   files = [workdir / CONFIG_FILE, workdir / writers.SUMMARY_FILE]
@@ -309,35 +322,17 @@ def _read_samples(
   paths = sorted(folder.glob("*.npz"))
   # "x.partial.npz" is a file that a running job has not finished.
   paths = [path for path in paths if not path.stem.endswith(".partial")]
-  sets = {path.stem: _read_arrays(path, notices) for path in paths}
+  sets = {path.stem: read_arrays(path, notices) for path in paths}
   return {name: arrays for name, arrays in sets.items() if arrays}
 
 
 def _read_latents(path: Path, notices: list[str]) -> dict[str, np.ndarray]:
-  arrays = _read_arrays(path, notices) if path.exists() else {}
+  arrays = read_arrays(path, notices) if path.exists() else {}
   return {
     name: array
     for name, array in arrays.items()
     if array.ndim == 1 and array.size and array.dtype.kind in "fiu"
   }
-
-
-def _read_arrays(path: Path, notices: list[str]) -> dict[str, np.ndarray]:
-  try:
-    with np.load(path, allow_pickle=False) as arrays:
-      return {name: arrays[name] for name in arrays.files}
-  except (
-    OSError,
-    ValueError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
-    where = "/".join(path.parts[-3:])
-    # NumPy's own message may advise to load pickles; this project never does.
-    kind = type(error).__name__
-    notices.append(f"{where} is not a readable .npz of plain arrays ({kind}).")
-    return {}
 
 
 def _has_figures(section: Any) -> bool:

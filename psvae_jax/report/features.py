@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from psvae_jax.report import page
+from psvae_jax.report.arrays import is_images
 from psvae_jax.report.data import Run, Stage
 from psvae_jax.report.images import (
   captions,
   data_uri,
-  is_images,
   same_originals,
   set_names,
   set_title,

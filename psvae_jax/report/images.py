@@ -15,12 +15,13 @@ import numpy as np
 
 from psvae_jax.evaluators.comparison import ERROR_GAIN, error_picture, psnr
 from psvae_jax.report import page
+from psvae_jax.report.arrays import is_images
 from psvae_jax.report.data import Run, Stage
 
 _MAX_IMAGES = 12  # of a sample set; more would make the file heavy
 _MAX_LARGE_IMAGES = 6
 _IN_VIEW = 6  # the others unfold: a page for a phone as well
-_PIXELATED_BELOW = 128  # larger images are mostly shown reduced
+PIXELATED_BELOW = 128  # larger images are mostly shown reduced
 _LARGEST = 256  # side at which an image stands in the page
 _JPEG_QUALITY = 90
 
@@ -91,17 +92,6 @@ def same_originals(stages: Sequence[Stage], name: str) -> list[list[Stage]]:
   return list(groups.values())
 
 
-def is_images(array: np.ndarray | None) -> bool:
-  """Whether an array holds RGB images, (N, H, W, 3) uint8."""
-  return (
-    array is not None
-    and array.dtype == np.uint8
-    and array.ndim == 4
-    and array.shape[-1] == 3
-    and array.size > 0
-  )
-
-
 def captions(stages: Sequence[Stage], name: str, count: int) -> list[str]:
   """`count` texts: the first one-dimensional array of text, then ""."""
   found: list[str] = []
@@ -139,7 +129,7 @@ def _strips(stages: Sequence[Stage], name: str) -> tuple[list[str], int, bool]:
     return [], 0, False
   count = min(map(len, everything))
   side = max(images.shape[1] for images in everything)
-  large = side >= _PIXELATED_BELOW
+  large = side >= PIXELATED_BELOW
   shown = min(count, _MAX_LARGE_IMAGES if large else _MAX_IMAGES)
   texts = captions(stages, name, count)
   strips = [
@@ -191,7 +181,7 @@ def data_uri(image: np.ndarray, largest: int = _LARGEST) -> str:
   picture = Image.fromarray(np.ascontiguousarray(image))
   picture.thumbnail((largest, largest), Image.Resampling.BOX)
   buffer = io.BytesIO()
-  if max(image.shape[:2]) < _PIXELATED_BELOW:
+  if max(image.shape[:2]) < PIXELATED_BELOW:
     kind = "png"
     picture.save(buffer, format="PNG", optimize=True)
   else:

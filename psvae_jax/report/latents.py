@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from psvae_jax.report import figures, page
+from psvae_jax.report.arrays import is_images
 from psvae_jax.report.curves import is_latent, metric_panels
 from psvae_jax.report.data import Run, Stage
-from psvae_jax.report.images import captions, data_uri, is_images
+from psvae_jax.report.images import captions, data_uri
 from psvae_jax.report.metrics import (
   format_value,
   is_number,

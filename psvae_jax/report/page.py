@@ -186,6 +186,83 @@ def strip(
   )
 
 
+def sign(mark: bool | None) -> str:
+  """What marks a picture as right or wrong in little room."""
+  return {True: "✓", False: "✗", None: ""}[mark]
+
+
+def shot(
+  address: str,
+  alt: str,
+  caption: str,
+  mark: bool | None = None,
+  *,
+  pixelated: bool = False,
+) -> str:
+  """Returns one picture of a gallery.
+
+  Args:
+    address: `data:` address.
+    alt: alternative text.
+    caption: below it.
+    mark: whether it is right; None says nothing.
+    pixelated: enlarge without smoothing.
+  """
+  kinds = ["pixelated"] * pixelated + ["bad"] * (mark is False)
+  style = f' class="{" ".join(kinds)}"' if kinds else ""
+  words = {True: "✓ ", False: "✗ wrong · ", None: ""}[mark]
+  kind = ' class="bad"' if mark is False else ""
+  above = f"<b{kind}>{text(words)}</b>" if words else ""
+  return (
+    f'<figure class="shot"><img src="{text(address)}" alt="{text(alt)}"{style}>'
+    f"<figcaption>{above}{text(caption)}</figcaption></figure>"
+  )
+
+
+def gallery(items: Sequence[str]) -> str:
+  """Returns `shot`s in rows."""
+  return '<div class="gallery">' + "\n".join(items) + "</div>" if items else ""
+
+
+def picture_table(
+  caption: str,
+  corner: str,
+  head: Sequence[str],
+  rows: Iterable[tuple[str, Sequence[tuple[str, str, str]]]],
+  *,
+  pixelated: bool = False,
+) -> str:
+  """Returns a table of pictures under a caption.
+
+  Args:
+    caption: above it.
+    corner: what rows and columns are.
+    head: a column each.
+    rows: (name, cells); a cell is (`data:` address, alternative text, sign).
+    pixelated: enlarge without smoothing.
+  """
+  style = ' class="pixelated"' if pixelated else ""
+
+  def cell(address: str, alt: str, below: str) -> str:
+    small = f"<small>{text(below)}</small>" if below else ""
+    image = f'<img src="{text(address)}" alt="{text(alt)}"{style}>'
+    return f"<td>{image}{small}</td>"
+
+  top = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
+  body = "\n".join(
+    f'<tr><th scope="row">{text(name)}</th>'
+    + "".join(cell(*item) for item in cells)
+    + "</tr>"
+    for name, cells in rows
+  )
+  return (
+    f'<figure class="card"><figcaption>{text(caption)}</figcaption>'
+    f'<div class="scroll"><table class="grid"><thead><tr>'
+    f"<td>{text(corner)}</td>{top}</tr></thead>\n<tbody>{body}</tbody>"
+    "</table></div></figure>"
+  )
+
+
 def cards(items: Sequence[str], *, wide: bool = False) -> str:
   """Returns strips in rows; `wide` leaves each more room."""
   style = "cards wide" if wide else "cards"

@@ -93,6 +93,25 @@ td.wrap { min-width: 9rem; white-space: normal; overflow-wrap: anywhere; }
 .strip p { margin: 0.1rem 0 0.3rem; color: var(--muted); font-size: inherit;
   line-height: 1.35; overflow-wrap: break-word; }
 .strip small { display: block; color: var(--muted); font-size: inherit; }
+.gallery { display: grid; gap: 1.1rem 0.8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(30%, 7.25rem), 1fr)); }
+.shot { margin: 0; min-width: 0; font-size: 0.75rem; line-height: 1.35; }
+.shot img { display: block; width: 100%; height: auto; border-radius: 3px;
+  margin-bottom: 0.3rem; background: var(--rule); }
+.shot figcaption { color: var(--muted); overflow-wrap: break-word; }
+.shot b { font-weight: 600; }
+img.bad { outline: 2px dashed var(--warn); outline-offset: 1px; }
+b.bad { color: var(--warn); }
+table.grid { min-width: 0; width: 100%; table-layout: fixed;
+  font-size: 0.75rem; }
+.grid th, .grid td { padding: 0.15rem; border: 0; text-align: center;
+  color: var(--muted); white-space: normal; line-height: 1.2; }
+.grid tbody th, .grid thead td:first-child { width: 3.6rem; padding-left: 0;
+  text-align: left; font-variant-numeric: tabular-nums; }
+.grid thead th { font-weight: 400; }
+.grid img { display: block; width: 100%; height: auto; border-radius: 3px;
+  background: var(--rule); }
+.grid small { display: block; }
 .pixelated { image-rendering: pixelated; }
 details { margin: 1.25rem 0; }
 details > .cards { margin-top: 0.75rem; }
