@@ -83,18 +83,27 @@ class LayerNorm(nn.Module):
     return norm(x.astype(wide(x.dtype))).astype(self.dtype)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array | None = None,
+) -> jax.Array:
   """Softmax attention, heads apart: three (B, N, H, d) → (B, N, H, d).
 
-  Logits and softmax are wide. `jax.nn.dot_product_attention` fixes them at
-  float32, which a run in float64 would not survive.
+  Keys where `mask` (B, N) is False get no weight; each row has one that is
+  True. Logits and softmax are wide. `jax.nn.dot_product_attention` fixes them
+  at float32, which a run in float64 would not survive.
   """
   dtype = wide(query.dtype)
   scale = query.shape[-1] ** -0.5
-  logits = jnp.einsum(
+  logits = scale * jnp.einsum(
     "bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype
   )
-  weights = jax.nn.softmax(scale * logits, axis=-1).astype(value.dtype)
+  if mask is not None:
+    least = jnp.finfo(dtype).min
+    logits = jnp.where(mask[:, None, None], logits, least)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
