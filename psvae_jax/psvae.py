@@ -12,8 +12,10 @@ input (images at the encoder's size, at the product's, latents) one for each of
 1, 2, 4, 8, 16 and 32 with the default `batch_size`, as they are needed.
 """
 
+import functools
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psvae_jax import checkpoint
+from psvae_jax import checkpoint, exported
 from psvae_jax.config import AutoencoderModel, Config
 from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators.image_metrics import to_uint8
@@ -43,11 +45,15 @@ class PSVAE:
     fingerprint: of the model, as its checkpoints carry it.
     batch_size: longest batch that is computed at once; changes memory and
       speed, not results beyond rounding.
+    description: the fingerprint's readable parts.
+    latent_fingerprint: of what `params` were rounded from; by default that of
+      `params`.
 
   Attributes:
     stage: "svae", "psvae", …
     fingerprint: identifies the model, its preprocessing and the original E.
     batch_size: see above.
+    description: see above; {} if unknown.
   """
 
   def __init__(
@@ -58,12 +64,16 @@ class PSVAE:
     stage: str,
     fingerprint: str,
     batch_size: int = 32,
+    description: Mapping[str, Any] | None = None,
+    latent_fingerprint: str | None = None,
   ) -> None:
     if batch_size < 1:
       raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     self.stage = stage
     self.fingerprint = fingerprint
     self.batch_size = batch_size
+    self.description = dict(description or {})
+    self._latent_fingerprint = latent_fingerprint
     self._model = model
     self._params = jax.device_put(params)
     self._features_fn = jax.jit(self._trace_features)
@@ -78,41 +88,53 @@ class PSVAE:
     stage: str | None = None,
     batch_size: int = 32,
   ) -> "PSVAE":
-    """Loads a stage of a workdir, finished or still in training.
+    """Loads a workdir, finished or still in training, or an exported folder.
 
     Args:
-      path: the folder that `python -m psvae_jax.main --workdir` wrote.
-      stage: which one; by default the last one that has a checkpoint.
+      path: the folder that `python -m psvae_jax.main --workdir` or
+        `python -m psvae_jax.export --out` wrote; or "embedded", the miniature
+        that comes with the package.
+      stage: which one; by default the last one that has a checkpoint. An
+        exported folder has one only.
       batch_size: see the class.
 
     Raises:
       FileNotFoundError: no such folder, or nothing of a job in it.
-      ValueError: the job is not an autoencoder's, or has no such stage.
+      ValueError: the job is not an autoencoder's, or has no such stage; or an
+        exported folder is damaged.
       CheckpointError: the checkpoints do not belong to the workdir's config
         or to any encoder that is at hand, or are damaged.
     """
-    workdir = Path(path).expanduser()
-    config = _read_config(workdir, stage)
-    stage = _pick_stage(workdir, stage)
-    encoder, description = _find_encoder(workdir, stage, config)
-    model = model_lib.build(
-      config.model, config.compute, encoder.module, encoder.mean, encoder.std
-    )
-    modules = task_lib.ROUTES[stage].trains
-    restored = checkpoint.restore_ema(
-      workdir / stage / "checkpoints",
-      _abstract(model, encoder.params),
-      modules,
-      task_lib.fingerprint(description),
-      description=description,
-    )
-    return cls(
-      model,
-      {_E: encoder.params, **restored},
-      stage=stage,
-      fingerprint=task_lib.fingerprint(description),
-      batch_size=batch_size,
-    )
+    folder = exported.resolve(path, "autoencoder")
+    load = _load_workdir
+    if exported.is_exported(folder):
+      load = exported.load_autoencoder
+    model, params, identity = load(folder, stage)
+    return cls(model, params, batch_size=batch_size, **identity)
+
+  @property
+  def model(self) -> model_lib.Autoencoder:
+    """The modules."""
+    return self._model
+
+  @property
+  def params(self) -> dict[str, Any]:
+    """Module → parameters, E included, on the default device."""
+    return self._params
+
+  @functools.cached_property
+  def latent_fingerprint(self) -> str:
+    """Names the latent space: a generator fits this autoencoder, or not.
+
+    SHA-256 (16 hex digits) over `fingerprint` and the bytes of E's and the
+    semantic encoder's parameters. Pixel and semantic decoder do not matter. A
+    rounded export has that of the parameters it was made from.
+    """
+    if self._latent_fingerprint is not None:
+      return self._latent_fingerprint
+    makers = {name: self._params[name] for name in (_E, "semantic_encoder")}
+    content = f"{self.fingerprint}\n{files.fingerprint_params(makers)}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
   @property
   def image_size(self) -> int:
@@ -240,6 +262,28 @@ def stages_with_checkpoints(workdir: str | os.PathLike) -> list[str]:
     for stage in task_lib.ROUTES
     if checkpoint.has_checkpoint(Path(workdir) / stage / "checkpoints")
   ]
+
+
+def _load_workdir(
+  workdir: Path, stage: str | None
+) -> tuple[model_lib.Autoencoder, dict[str, Any], dict[str, Any]]:
+  """Modules, parameters, and the identity that `PSVAE` is built with."""
+  config = _read_config(workdir, stage)
+  stage = _pick_stage(workdir, stage)
+  encoder, description = _find_encoder(workdir, stage, config)
+  model = model_lib.build(
+    config.model, config.compute, encoder.module, encoder.mean, encoder.std
+  )
+  fingerprint = task_lib.fingerprint(description)
+  restored = checkpoint.restore_ema(
+    workdir / stage / "checkpoints",
+    _abstract(model, encoder.params),
+    task_lib.ROUTES[stage].trains,
+    fingerprint,
+    description=description,
+  )
+  identity = dict(stage=stage, fingerprint=fingerprint, description=description)
+  return model, {_E: encoder.params, **restored}, identity
 
 
 def _read_config(workdir: Path, stage: str | None) -> Config:
