@@ -103,13 +103,17 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """This host's slice of a batch → global arrays on the mesh."""
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """This host's slice of a batch → global arrays on the mesh.
+
+  Args:
+    batch: arrays, or named parts of them.
+    mesh: where to.
+  """
   sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value)
-    for name, value in batch.items()
-  }
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), dict(batch)
+  )
 
 
 def put_tree(tree: Any, mesh: Mesh) -> Any:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,6 +108,15 @@ def run_stage(
       return run.finish()
 
 
+def _indices(batch: Any) -> np.ndarray | None:
+  """Which examples a host's batch holds; of its parts, one after another."""
+  if "index" in batch:
+    return batch["index"]
+  parts = [batch[k] for k in sorted(batch) if isinstance(batch[k], Mapping)]
+  found = [part["index"] for part in parts if "index" in part]
+  return np.concatenate(found) if found else None
+
+
 class _Run:
   """One stage in progress: everything `train` and `finish` share."""
 
@@ -124,6 +134,7 @@ class _Run:
     section = config.sections[task.name]
     self.settings = section.train
     folder, chief = workdir / task.name, jax.process_index() == 0
+    task.prepare(workdir, mesh)
     self.frozen = sharding.put_tree(task.frozen, mesh)
     tx = make_optimizer(task.modules, self.settings.steps)
     # Streams by name: stage, then what the stage draws for.
@@ -198,7 +209,7 @@ class _Run:
       if last:
         return
       batch = next(self.iterator)
-      examples = batch.get("index")
+      examples = _indices(batch)
       batch = sharding.put_batch(batch, self.mesh)
       with jax.transfer_guard("disallow"):
         self.state, metrics, flags = self.train_step(

@@ -213,6 +213,9 @@ class AutoencoderTask:
     """The adversary's networks; None in a stage without the term."""
     return self._adversary and self._adversary.discriminator
 
+  def prepare(self, workdir: Path, mesh: Any) -> None:
+    """Nothing: all there is to this stage is its data."""
+
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     params = self.model.init(rng, frozen["teacher"])
     if E in self.route.trains:

@@ -74,6 +74,12 @@ class Task(Protocol):
   frozen: Params
   image_size: int
 
+  def prepare(self, workdir: Path, mesh: Mesh) -> None:
+    """What must be there before the first step, and takes time to make.
+
+    Called once, when the stage begins or goes on; may add to `frozen`.
+    """
+
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     """Initial `params` and `model_state` of a `TrainState`; pure, jitted."""
 

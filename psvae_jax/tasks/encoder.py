@@ -232,6 +232,9 @@ class EncoderTask:
     self._pooled = jax.jit(self._pooled_fn)
     self._matches = jax.jit(self._matches_fn)
 
+  def prepare(self, workdir: Path, mesh: Any) -> None:
+    """Nothing: all there is to this stage is its data."""
+
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:
     rngs = jax.random.split(rng, 3)
     side = self.image_size
