@@ -116,9 +116,9 @@ def integrate(
   points = [_point(index, last) for index in keep]
   # For each evaluation, the row of `kept` it writes; len(points) is none.
   rows = np.full((last, stages), len(points), np.int32)
-  for row, point in enumerate(points):
+  for point in points:
     if point < last:
-      rows[point, 0] = row
+      rows[point, 0] = points.index(point)  # a point named twice: its first
   kept = jnp.zeros((len(points), *x.shape), x.dtype)
 
   def evaluate(carry, evaluation):
