@@ -22,9 +22,10 @@ from psvae_jax.report.images import images_section
 from psvae_jax.report.latents import latents_section
 from psvae_jax.report.metrics import describe, format_value, is_number
 from psvae_jax.report.run import (
+  autoencoder_model,
   data_phrase,
   fault_phrase,
-  model_phrase,
+  generator_model,
   phrase,
   run_section,
   wall_seconds,
@@ -33,7 +34,19 @@ from psvae_jax.report.tables import results_section
 
 REPORT_FILE = "report.html"
 
-_TILES = ("eval/psnr", "eval/ssim", "eval/probe_accuracy", "eval/sharpness")
+_AUTOENCODER_TILES = (
+  "eval/psnr",
+  "eval/ssim",
+  "eval/probe_accuracy",
+  "eval/sharpness",
+)
+_GENERATOR_TILES = (
+  "eval/joint_accuracy",
+  "eval/joint_accuracy_one_object",
+  "eval/joint_accuracy_heldout",
+  "eval/frechet_distance",
+  "eval/edit_success",
+)
 
 
 def write_report(workdir: Path) -> Path:
@@ -84,6 +97,7 @@ def _title(run: data.Run) -> str:
 
 
 def _header(run: data.Run) -> str:
+  generator = generator_model(run)
   wall = wall_seconds(run)
   updated = ""
   if run.updated:
@@ -91,12 +105,14 @@ def _header(run: data.Run) -> str:
   parts = [
     f'<header><p class="kicker">psvae_jax · {page.text(run.name)}</p>',
     f"<h1>{page.text(_title(run))}</h1>",
-    page.tiles(_tiles(run)),
+    page.tiles(_tiles(run.part(generator=True), _GENERATOR_TILES)),
+    page.tiles(_tiles(run.part(generator=False), _AUTOENCODER_TILES)),
     page.facts(
       [
         ("Stages", "; ".join(_progress(stage) for stage in run.stages)),
         ("Data", data_phrase(run)),
-        ("Model", model_phrase(run)),
+        ("Autoencoder" if generator else "Model", autoencoder_model(run)),
+        ("Generator", generator),
         ("Device", phrase(run.summary.get("device", ""))),
         ("Wall time", format_seconds(wall["total"]) if wall else ""),
         ("Faults", fault_phrase(run)),
@@ -117,21 +133,27 @@ def _progress(stage: data.Stage) -> str:
   return f"{stage.title} {steps} steps{state}"
 
 
-def _tiles(run: data.Run) -> Iterable[tuple[str, str, str]]:
+def _tiles(
+  run: data.Run, names: Iterable[str]
+) -> Iterable[tuple[str, str, str]]:
   """The figures that matter most, of the last stage that has them.
 
-  The stage before stands below for comparison.
+  The ceiling and the stage before stand below for comparison.
   """
-  for name in _TILES:
+  ceilings = run.columns().get("ceiling", {})
+  for name in names:
     having = [s for s in run.stages if is_number(s.figures().get(name))]
     if having:
       *before, last = having
-      earlier = ""
+      beside = []
+      if is_number(ceilings.get(name)):
+        beside.append(f"ceiling {format_value(name, ceilings[name])}")
       if before:
         value = format_value(name, before[-1].figures()[name])
-        earlier = f"{before[-1].title} {value}"
+        beside.append(f"{before[-1].title} {value}")
       label = f"{describe(name).label} · {last.title}"
-      yield format_value(name, last.figures()[name]), label, earlier
+      value = format_value(name, last.figures()[name])
+      yield value, label, ", ".join(beside)
 
 
 def _alarms(run: data.Run) -> Iterable[str]:

@@ -58,7 +58,15 @@ _FOLDED = ("Evaluation, in parts", "Throughput", "Gradients and updates")
 
 
 def curves_section(run: Run, colors: dict[str, int]) -> str:
-  """Every metric but the latents', in groups."""
+  """Every metric but the latents', in groups; the generator's first."""
+  generator = _curves(run.part(generator=True), colors)
+  rest = _curves(run.part(generator=False), colors)
+  if generator and rest:
+    return generator + page.details("Of the autoencoder", rest)
+  return generator + rest
+
+
+def _curves(run: Run, colors: dict[str, int]) -> str:
   names = sorted(
     {n for stage in run.stages for n in stage.metric_names()}, key=rank
   )

@@ -41,8 +41,11 @@ REFERENCE_TITLES = {
   "encoder": "Frozen encoder",
   "random_encoder": "Random encoder",
   "chance": "Chance",
+  "ceiling": "Ceiling",
 }
-_FLOORS = ("random_encoder", "chance")
+# Endings of metrics that belong to a reference: floors of a probe, and what
+# the generator's autoencoder would let through.
+_ENDINGS = ("random_encoder", "chance", "ceiling")
 
 
 @dataclasses.dataclass
@@ -185,24 +188,40 @@ class Run:
   def columns(self) -> dict[str, dict[str, Any]]:
     """Figures by column of the result table: stages, then references.
 
-    The floors of a probe, "…_random_encoder" and "…_chance", become columns of
-    the row they belong to.
+    What a probe or a generator is to be compared with, "…_random_encoder",
+    "…_chance" or "…_ceiling", becomes columns of the row it belongs to.
     """
     sections = {stage.name: stage.figures() for stage in self.stages}
     for name, section in self.summary.items():
       if name not in sections and _has_figures(section):
         sections[name] = section
     columns: dict[str, dict[str, Any]] = {name: {} for name in sections}
-    floors: dict[str, dict[str, Any]] = {name: {} for name in _FLOORS}
+    references: dict[str, dict[str, Any]] = {name: {} for name in _ENDINGS}
     for column, section in sections.items():
       for name, value in section.items():
-        floor = next((f for f in _FLOORS if name.endswith("_" + f)), None)
-        if floor is None:
+        ending = next((e for e in _ENDINGS if name.endswith("_" + e)), None)
+        if ending is None:
           columns[column][name] = value
         else:
-          floors[floor][name.removesuffix("_" + floor)] = value
-    columns.update({name: value for name, value in floors.items() if value})
+          references[ending][name.removesuffix("_" + ending)] = value
+    columns.update({name: value for name, value in references.items() if value})
     return columns
+
+  def part(self, *, generator: bool) -> "Run":
+    """The run as if it had only the generator's stages, or only the others.
+
+    References of the summary, e.g. the frozen encoder, stay with the others.
+    """
+    stages = [s for s in self.stages if s.is_generator == generator]
+    own = {stage.name for stage in stages}
+    trained = {stage.name for stage in self.stages}
+    summary = {
+      name: section
+      for name, section in self.summary.items()
+      if name in own
+      or not (name in trained or (generator and _has_figures(section)))
+    }
+    return dataclasses.replace(self, stages=stages, summary=summary)
 
   def column_title(self, name: str) -> str:
     for stage in self.stages:

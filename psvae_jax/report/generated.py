@@ -17,6 +17,7 @@ _IN_VIEW = 16  # of a gallery; the others unfold
 _MAX_IMAGES = 64
 _MAX_ROWS = 6  # captions shown over training, and on the way from noise
 _MAX_COLUMNS = 8
+_FEW = 4  # columns that need no more room than half a page
 _MAX_GRIDS = 4
 _MAX_EDITS = 24
 _EDITS_IN_VIEW = 9
@@ -109,7 +110,9 @@ def _history(stage: Stage, history: dict[int, Arrays]) -> str:
   if shares := _shares_by_step(history, steps):
     note += f" Right: {shares}."
   return _titled(
-    f"{stage.title} over training", note, page.cards(cards, wide=True)
+    f"{stage.title} over training",
+    note,
+    page.cards(cards, wide=len(steps) > _FEW),
   )
 
 

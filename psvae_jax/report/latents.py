@@ -30,6 +30,7 @@ _BELOW, _MEAN, _ABOVE = (38, 84, 150), (244, 243, 239), (186, 78, 38)
 
 def latents_section(run: Run, colors: dict[str, int]) -> str:
   """Statistics by channel, channels as pictures, and both over training."""
+  run = run.part(generator=False)
   names = sorted({n for s in run.stages for n in s.latents}, key=_order)
   limits = {
     name: figures.bar_limits(

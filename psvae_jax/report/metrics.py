@@ -78,6 +78,64 @@ METRICS: dict[str, Metric] = {
     "higher",
     "%",
   ),
+  "joint_accuracy": Metric(
+    "Joint accuracy",
+    "Images in which all that the caption says is right.",
+    "higher",
+    "%",
+  ),
+  "joint_accuracy_one_object": Metric(
+    "Joint accuracy, one object",
+    "The same, of captions that name one object.",
+    "higher",
+    "%",
+  ),
+  "joint_accuracy_heldout": Metric(
+    "Joint accuracy, held-out",
+    "The same, of combinations that training never showed.",
+    "higher",
+    "%",
+  ),
+  "frechet_distance": Metric(
+    "Fréchet distance",
+    "Of generated to real images, in the frozen encoder’s features.",
+    "lower",
+  ),
+  "kernel_distance": Metric(
+    "Kernel distance",
+    "The same without the assumption of a normal distribution.",
+    "lower",
+  ),
+  "caption_similarity": Metric(
+    "Caption similarity",
+    "Of an image to its caption, in the encoders’ shared space.",
+    "higher",
+    ".3f",
+  ),
+  "manifold_distance": Metric(
+    "Distance to the manifold",
+    "From a sample to the nearest real latent, the farthest 5 %.",
+    "lower",
+  ),
+  "off_manifold_share": Metric(
+    "Off the manifold",
+    "Samples farther from all real latents than real ones are.",
+    "lower",
+    "%",
+  ),
+  "edit_success": Metric(
+    "Edit success",
+    "Edits that do what was asked and leave the rest.",
+    "higher",
+    "%",
+  ),
+  "preservation_psnr": Metric(
+    "PSNR outside the edit",
+    "How well what was not to change is kept.",
+    "higher",
+    ".2f",
+    "dB",
+  ),
   "latent_mean": Metric(
     "Latent mean", "Magnitude of a channel's mean, averaged over channels."
   ),
@@ -103,6 +161,8 @@ METRICS: dict[str, Metric] = {
   "loss_mse": Metric("MSE loss"),
   "loss_perceptual": Metric("Perceptual loss"),
   "loss_kl": Metric("KL loss"),
+  "loss_t2i": Metric("Loss, text to image"),
+  "loss_edit": Metric("Loss, edits"),
   "loss_contrastive": Metric("Contrastive loss"),
   "loss_words": Metric("Word loss"),
   "loss_generator": Metric("Generator loss"),
@@ -124,6 +184,9 @@ LATENT_METRICS = (
   "collapsed_channels",
 )
 
+# Of these, what says something about edits alone.
+_EDIT_METRICS = ("edit_", "preservation_")
+
 # By the part before the last, which names a module.
 _FAMILIES = {"grad_norm": "Gradient norm", "update_norm": "Update norm"}
 # Figures that a known one is made of: prefix → (label, the known one).
@@ -138,6 +201,11 @@ def is_part(name: str) -> bool:
   """Whether a metric is a component of a known one."""
   last = name.rsplit("/", 1)[-1]
   return last not in METRICS and last.startswith(tuple(_PARTS))
+
+
+def is_of_edits(name: str) -> bool:
+  """Whether a metric says something about edits alone."""
+  return name.rsplit("/", 1)[-1].startswith(_EDIT_METRICS)
 
 
 def describe(name: str) -> Metric:

@@ -8,24 +8,23 @@ import numpy as np
 
 from psvae_jax.progress import format_seconds
 from psvae_jax.report import page
-from psvae_jax.report.data import QUARANTINE_FILE, Run, Stage
+from psvae_jax.report.data import QUARANTINE_FILE, Run
 from psvae_jax.report.metrics import is_number
+from psvae_jax.report.settings import (
+  autoencoder_phrase,
+  condition_phrase,
+  mapping,
+  settings,
+  transformer_phrase,
+)
 
-_MISSING = "–"
 _MAX_FAULTS = 20  # the file has them all
-# Loss weights, in the order of the data flow.
-_WEIGHTS = {
-  "semantic": "semantic",
-  "kl": "KL",
-  "pixel": "pixel",
-}
-_PIXEL_WEIGHTS = {"l1": "L1", "mse": "MSE", "perceptual": "perceptual"}
 
 
 def run_section(run: Run) -> str:
   """Everything about the job that is not a result."""
   parts = [
-    ("Settings", _settings(run)),
+    ("Settings", settings(run)),
     ("Time", _timings(run)),
     ("Faults", _faults(run)),
   ]
@@ -56,28 +55,32 @@ def phrase(value: Any, separator: str = ", ") -> str:
 
 def data_phrase(run: Run) -> str:
   """Data and image size in a few words; "" if the config does not say."""
-  data, model = _mapping(run.config, "data"), _mapping(run.config, "model")
+  data = mapping(run.config, "data")
   source = data.get("source")
   if not isinstance(source, str):
     return ""
   named = data.get("builder") or data.get("root")
   words = f"{source}, {named}" if isinstance(named, str) and named else source
-  side = model.get("output_size")
+  side = _model(run, generator=False).get("output_size")
   return f"{words}, {side} × {side}" if is_number(side) else words
 
 
-def model_phrase(run: Run) -> str:
-  """Encoder, latent and decoder in a few words."""
-  model = _mapping(run.config, "model")
-  words = []
-  if isinstance(model.get("encoder"), str):
-    words.append(f"encoder {model['encoder'] or 'embedded miniature'}")
-  if is_number(model.get("channels")):
-    words.append(f"{model['channels']} latent channels")
-  kind = _mapping(model, "pixel_decoder").get("kind")
-  if isinstance(kind, str):
-    words.append(f"{kind} pixel decoder")
-  return ", ".join(words)
+def autoencoder_model(run: Run) -> str:
+  """The autoencoder in a few words."""
+  return autoencoder_phrase(_model(run, generator=False))
+
+
+def generator_model(run: Run) -> str:
+  """The generator in a few words; "" if there is none."""
+  model = _model(run, generator=True)
+  parts = [transformer_phrase(model), condition_phrase(model)]
+  return "; ".join(filter(None, parts))
+
+
+def _model(run: Run, *, generator: bool) -> Mapping[str, Any]:
+  """Model section of the last stage of a kind, or of the last job."""
+  configs = [s.job for s in run.part(generator=generator).stages if s.job]
+  return mapping(configs[-1] if configs else run.config, "model")
 
 
 def wall_seconds(run: Run) -> dict[str, float]:
@@ -107,76 +110,15 @@ def fault_phrase(run: Run) -> str:
   return ", ".join(parts)
 
 
-def _settings(run: Run) -> str:
-  """A row a setting, a column a stage."""
-  stages = [stage for stage in run.stages if stage.config]
-  if not stages:
-    return ""
-  rows = [
-    (
-      "Steps",
-      [f"{s.planned_steps:,}" if s.planned_steps else "" for s in stages],
-    ),
-    ("Batch size", [_batch(s) for s in stages]),
-    ("Optimizer", [_optimizer(s, "optim") for s in stages]),
-    ("Loss weights", [_weights(s.config, _WEIGHTS) for s in stages]),
-    ("Pixel loss", [_weights(s.config, _PIXEL_WEIGHTS) for s in stages]),
-    ("Adversarial term", [_adversary(s) for s in stages]),
-  ]
-  body = [
-    ((name, ""), [(cell or _MISSING, False) for cell in cells])
-    for name, cells in rows
-    if any(cells)
-  ]
-  head = [("", ""), *((stage.title, "") for stage in stages)]
-  return page.table(head, body, wrap=True) if body else ""
-
-
-def _batch(stage: Stage) -> str:
-  if not stage.batch_size:
-    return ""
-  parts = _mapping(stage.config, "train").get("accumulate")
-  if is_number(parts) and parts > 1:
-    return f"{stage.batch_size:,} in {parts:,} parts"
-  return f"{stage.batch_size:,}"
-
-
-def _optimizer(stage: Stage, name: str) -> str:
-  optim = _mapping(stage.config, name)
-  if not isinstance(optim.get("name"), str):
-    return ""
-  rate = optim.get("learning_rate")
-  return f"{optim['name']}, {rate:g}" if is_number(rate) else optim["name"]
-
-
-def _weights(config: Mapping[str, Any], names: Mapping[str, str]) -> str:
-  loss = _mapping(config, "loss")
-  return ", ".join(
-    f"{title} {loss[name]:g}"
-    for name, title in names.items()
-    if is_number(loss.get(name)) and loss[name]
-  )
-
-
-def _adversary(stage: Stage) -> str:
-  if not stage.adversarial_marks:
-    return ""
-  loss = _mapping(stage.config, "loss")
-  adaptive = " × λ" if loss.get("gan_adaptive", True) else ""
-  first, last = stage.adversarial_marks[0], stage.adversarial_marks[-1]
-  words = f"{loss['gan']:g}{adaptive}, from step {first:,}"
-  return words + (f" (decoder from {last:,})" if last > first else "")
-
-
 def _timings(run: Run) -> str:
   """Wall time, what of it was not training, and throughput, by stage."""
   wall = wall_seconds(run)
-  all_spent = _mapping(run.summary, "timings")
+  all_spent = mapping(run.summary, "timings")
   columns: dict[str, dict[str, str]] = {}
   for stage in run.stages:
     seconds = wall.get(stage.name)
     cells = {} if seconds is None else {"Wall time": format_seconds(seconds)}
-    for kind, part in _mapping(all_spent, stage.name).items():
+    for kind, part in mapping(all_spent, stage.name).items():
       if is_number(part):
         cells[str(kind).replace("_", " ").capitalize()] = _share(part, seconds)
     _, rates = stage.series("perf/images_per_second")
@@ -235,9 +177,3 @@ def _faults(run: Run) -> str:
   if len(shown) < len(run.quarantine):
     title += f", first {len(shown)}; all are in {QUARANTINE_FILE}"
   return html + page.details(title, page.table(head, rows, wrap=True))
-
-
-def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-  """Entry `name` of a mapping if it is a mapping itself, else {}."""
-  found = value.get(name)
-  return found if isinstance(found, Mapping) else {}

@@ -105,7 +105,8 @@ b.bad { color: var(--warn); }
 table.grid { min-width: 0; width: 100%; table-layout: fixed;
   font-size: 0.75rem; }
 .grid th, .grid td { padding: 0.15rem; border: 0; text-align: center;
-  color: var(--muted); white-space: normal; line-height: 1.2; }
+  color: var(--muted); white-space: normal; line-height: 1.2;
+  vertical-align: middle; }
 .grid tbody th, .grid thead td:first-child { width: 3.6rem; padding-left: 0;
   text-align: left; font-variant-numeric: tabular-nums; }
 .grid thead th { font-weight: 400; }

@@ -1,5 +1,6 @@
 """The report's tables of figures: results, probe, the adversarial term."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from psvae_jax.report.metrics import (
   describe,
   format_value,
   is_number,
+  is_of_edits,
   is_part,
   rank,
 )
@@ -27,14 +29,51 @@ _ADVERSARIAL = ("eval/sharpness", "eval/psnr", "eval/ssim")
 
 
 def results_section(run: Run) -> str:
-  """Reconstruction figures, the probe, the adversarial term, and parts."""
-  columns = run.columns()
-  names = {
+  """The generator's figures, then the autoencoder's."""
+  generator, rest = run.part(generator=True), run.part(generator=False)
+  if not generator.stages:
+    return _autoencoder_tables(rest)
+  return _generator_tables(generator) + _titled(
+    "Autoencoder", _autoencoder_tables(rest)
+  )
+
+
+def _generator_tables(run: Run) -> str:
+  """Generated images, edits, and parts."""
+  names = _result_names(run)
+  parts = {name for name in names if is_part(name)}
+  edits = {name for name in names - parts if is_of_edits(name)}
+  images = metric_table(run, names - parts - edits)
+  if images and "ceiling" in run.columns():
+    images += page.note(
+      "Ceiling: the real images of the same captions, through the autoencoder."
+    )
+  editors = [
+    s for s in run.stages if edits & s.figures().keys() or s.name == "edit"
+  ]
+  edit_run = dataclasses.replace(run, stages=editors)
+  pieces = [
+    _titled("Generated images", images),
+    _titled("Edits", metric_table(edit_run, edits)),
+  ]
+  if parts:
+    pieces.append(page.details("In parts", metric_table(run, parts)))
+  return "\n".join(filter(None, pieces))
+
+
+def _result_names(run: Run) -> set[str]:
+  """Metrics of the results, and not of training."""
+  return {
     name
-    for section in columns.values()
+    for section in run.columns().values()
     for name, value in section.items()
     if is_number(value) and not name.startswith(("train/", "perf/"))
   }
+
+
+def _autoencoder_tables(run: Run) -> str:
+  """Reconstruction figures, the probe, the adversarial term, and parts."""
+  names = _result_names(run)
   parts = {name for name in names if is_part(name)}
   aside = {
     n for n in names if n.startswith("eval/") and n[5:] in LATENT_METRICS
