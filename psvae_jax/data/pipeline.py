@@ -13,15 +13,19 @@ The cut into hosts comes after the augmentation, whose randomness depends on
 the place in the stream: a host cannot change what an example looks like. It
 follows that a training iterator's state is one number, batches taken, which
 holds for any number of hosts (not for another batch size or seed).
+
+Examples may also come with latents in place of images (`cached.CachedSource`),
+and a batch may have several parts, each with its own source.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from psvae_jax.data import guarded, transforms
+from psvae_jax.data import guarded, transforms, views
 
 Batch = dict[str, Any]
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -32,7 +36,7 @@ PADDING_INDEX = -1
 class Source(Protocol):
   """Random access to elements with "image" and, if there are any, "caption".
 
-  "image" is uint8 (H, W, 3).
+  "image" is uint8 (H, W, 3), and so is the "source" of an edit.
   """
 
   def __len__(self) -> int: ...
@@ -40,10 +44,28 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One source of the batches of `joint_train_iterator`.
+
+  Attributes:
+    source: the examples.
+    batch_size: of them in a global batch, over all hosts.
+    image_size, augment, min_scale, transform: see `train_iterator`.
+  """
+
+  source: Source
+  batch_size: int
+  image_size: int | None = None
+  augment: str = "none"
+  min_scale: float = 0.5
+  transform: transforms.Transform | None = None
+
+
 def train_iterator(
   source: Source,
   *,
-  image_size: int,
+  image_size: int | None = None,
   batch_size: int,
   seed: int,
   augment: str = "none",
@@ -64,23 +86,27 @@ def train_iterator(
 
   Args:
     source: the examples.
-    image_size: height and width of the batch's images, pixels.
+    image_size: height and width of the batch's images, pixels; None takes the
+      elements as they are, for a source without images.
     batch_size: examples per global batch, over all hosts.
     seed: decides order and augmentation; 0 ≤ seed < 2**32.
-    augment: see `transforms.make_augment`.
+    augment: see `transforms.make_augment`. An edit's "source" gets the same
+      crop as its "image".
     min_scale: see `transforms.random_crop`.
     num_threads: threads that prepare whole batches; 0 does it in the caller.
     prefetch: batches prepared ahead.
     process_index: this host's number.
     process_count: number of hosts; divides `batch_size`.
-    tokenize: n captions → int32 tokens (n, L) and bool mask (n, L).
+    tokenize: n captions → int32 tokens (n, L) and bool mask (n, L). Elements
+      that hold "tokens" already keep them.
     transform: further per-example (element, rng) → element, run after the
       augmentation with randomness of its own. Number and array entries that
       it adds are batched.
 
   Returns:
     Iterator over this host's batches: "image" uint8 (b, S, S, 3), "index"
-    int64 (b,), with `tokenize` "tokens" int32 and "token_mask" bool (b, L),
+    int64 (b,), for edits "source" as "image", with `tokenize` "tokens" int32
+    and "token_mask" bool (b, L), further numbers and arrays of the elements,
     and what `transform` added; b = batch_size / process_count. Text is
     dropped.
 
@@ -89,30 +115,88 @@ def train_iterator(
       augment="none", a broken one in a source that is not guarded, or more
       broken ones than a guarded source may have.
   """
-  local_size = _local_batch_size(batch_size, process_index, process_count)
-  if not len(source):
-    raise ValueError(f"{source!r} has no examples to train on.")
+  part = Part(source, batch_size, image_size, augment, min_scale, transform)
+  batches = _train_batches(part, seed, process_index, process_count, tokenize)
+  return _iterate(batches, num_threads, prefetch)
+
+
+def joint_train_iterator(
+  parts: Mapping[str, Part],
+  *,
+  seed: int,
+  num_threads: int = 2,
+  prefetch: int = 4,
+  process_index: int = 0,
+  process_count: int = 1,
+  tokenize: Tokenize | None = None,
+) -> grain.DatasetIterator:
+  """Batches of several parts: {name: a batch of `train_iterator`}.
+
+  Each part is, by itself, what `train_iterator` gives for its source with the
+  same settings: its size is fixed, and it has its own epochs. The arguments
+  and the iterator's state are `train_iterator`'s too.
+
+  Raises:
+    ValueError: no parts, or as `train_iterator`; names the part.
+  """
+  if not parts:
+    raise ValueError("A joint batch needs at least one part.")
+  batches = {}
+  for name, part in parts.items():
+    try:
+      batches[name] = _train_batches(
+        part, seed, process_index, process_count, tokenize
+      )
+    except ValueError as error:
+      raise ValueError(f"Part {name!r}: {error}") from error
+  return _iterate(
+    grain.MapDataset.source(_JointBatches(batches)), num_threads, prefetch
+  )
+
+
+def _train_batches(
+  part: Part,
+  seed: int,
+  process_index: int,
+  process_count: int,
+  tokenize: Tokenize | None,
+) -> grain.MapDataset:
+  """This host's training batches, by number."""
+  local_size = _local_batch_size(part.batch_size, process_index, process_count)
+  if not len(part.source):
+    raise ValueError(f"{part.source!r} has no examples to train on.")
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"The data seed must lie in [0, 2**32), not {seed}.")
+  stream = grain.MapDataset.source(part.source).seed(seed).shuffle().repeat()
+  if part.image_size is not None:
+    augment = transforms.make_augment(
+      part.augment, size=part.image_size, min_scale=part.min_scale
+    )
+    stream = stream.random_map(views.paired(augment))
+  elif part.augment != "none":
+    raise ValueError(
+      f'augment="{part.augment}" needs images of a size; elements that are '
+      "taken as they are cannot be augmented."
+    )
+  if part.transform is not None:
+    stream = stream.random_map(part.transform)
+  blocks = _HostBlocks(stream, local_size, process_index, process_count)
+  return grain.MapDataset.source(blocks).batch(
+    local_size,
+    drop_remainder=True,
+    batch_fn=lambda elements: _stack(elements, tokenize),
+  )
+
+
+def _iterate(
+  batches: grain.MapDataset, num_threads: int, prefetch: int
+) -> grain.DatasetIterator:
+  """Batches in order, prepared ahead by threads."""
   if num_threads < 0 or prefetch < 1:
     raise ValueError(
       "num_threads must be at least 0 and prefetch at least 1, not "
       f"{num_threads} and {prefetch}."
     )
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"The data seed must lie in [0, 2**32), not {seed}.")
-  augment_fn = transforms.make_augment(
-    augment, size=image_size, min_scale=min_scale
-  )
-  stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-  stream = stream.random_map(augment_fn)
-  if transform is not None:
-    stream = stream.random_map(transform)
-
-  blocks = _HostBlocks(stream, local_size, process_index, process_count)
-  batches = grain.MapDataset.source(blocks).batch(
-    local_size,
-    drop_remainder=True,
-    batch_fn=lambda elements: _stack(elements, tokenize),
-  )
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=prefetch
   )
@@ -180,10 +264,23 @@ def eval_batches(
     drop_remainder=True,
     batch_fn=lambda elements: _stack_eval(elements, captions),
   )
-  options = grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=prefetch
-  )
-  return iter(batches.to_iter_dataset(options))
+  return _iterate(batches, num_threads, prefetch)
+
+
+class _JointBatches:
+  """Batch k of every part, under the parts' names."""
+
+  def __init__(self, parts: Mapping[str, grain.MapDataset]):
+    self._parts = dict(parts)
+
+  def __len__(self) -> int:
+    return min(len(part) for part in self._parts.values())
+
+  def __getitem__(self, index: int) -> dict[str, Batch]:
+    return {name: part[index] for name, part in self._parts.items()}
+
+  def __repr__(self) -> str:
+    return f"_JointBatches({self._parts!r})"
 
 
 class _HostBlocks:
@@ -284,7 +381,7 @@ def _stack(
     for name, value in elements[0].items()
     if not isinstance(value, str)
   }
-  if tokenize is not None:
+  if tokenize is not None and "tokens" not in batch:
     captions = [element["caption"] for element in elements]
     batch["tokens"], batch["token_mask"] = tokenize(captions)
   return batch
