@@ -105,6 +105,10 @@ class EvalConfig:
       "none" leaves both out.
     num_probe_train: scenes the probe is fitted on.
     num_probe_test: held-out scenes it is scored on.
+    num_generated: images drawn for each of a generator's figures.
+    num_quick: of them, those of an evaluation before the end of a stage.
+    num_edits: edits that are made and judged.
+    num_reference: real images that generated ones are compared with.
   """
 
   every_steps: int = 0
@@ -114,6 +118,10 @@ class EvalConfig:
   probe: str = "none"
   num_probe_train: int = 2048
   num_probe_test: int = 1024
+  num_generated: int = 300
+  num_quick: int = 96
+  num_edits: int = 300
+  num_reference: int = 2000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,8 @@ _RANGES = {
   "data.min_scale": "(0, 1]",
   "checkpoint.*": "[1, inf)",
   "eval.every_steps": "[0, inf)",
+  "eval.num_generated": "[2, inf)",
+  "eval.num_reference": "[2, inf)",
   "eval.*": "[1, inf)",
   "compute.unroll": "[1, inf)",
   "discriminator.*": "[1, inf)",
