@@ -103,6 +103,8 @@ class ImageSampler:
     self._encode_fn = jax.jit(self._trace_encode)
     self._mix_fn = jax.jit(flow.interpolate)
     self._decode_fn = jax.jit(self._trace_decode)
+    self._image_features_fn = jax.jit(self._trace_image_features)
+    self._text_features_fn = jax.jit(self._trace_text_features)
     self._solve_fn = jax.jit(
       self._trace_solve, static_argnames=("solver", "branches", "keep")
     )
@@ -264,7 +266,32 @@ class ImageSampler:
       lambda rows: self._decode_fn(frozen, rows["latents"]), rows
     )
 
+  def image_features(self, frozen: Params, images: np.ndarray) -> np.ndarray:
+    """uint8 (N, S, S, 3) → `Generator.image_features`, float32 (N, D)."""
+    rows = {"images": np.asarray(images)}
+    return self._in_batches(
+      lambda rows: self._image_features_fn(frozen, rows["images"]), rows
+    )
+
+  def text_features(self, frozen: Params, texts: Sequence[str]) -> np.ndarray:
+    """N texts → `Generator.text_features`, float32 (N, T)."""
+    tokens, mask = self._tokenizer(texts)
+    return self._in_batches(
+      lambda rows: self._text_features_fn(frozen, rows["tokens"], rows["mask"]),
+      {"tokens": tokens, "mask": mask},
+    )
+
   # --- traced ---
+
+  def _trace_image_features(
+    self, frozen: Params, images: jax.Array
+  ) -> jax.Array:
+    return constrain(self.generator.image_features(frozen, images))
+
+  def _trace_text_features(
+    self, frozen: Params, tokens: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    return constrain(self.generator.text_features(frozen, tokens, mask))
 
   def _trace_condition(
     self, frozen: Params, rows: dict[str, jax.Array]

@@ -8,7 +8,8 @@ The object holds no parameters. `params` is the DiT's; `frozen` is
     {"autoencoder": {"encoder", "semantic_encoder", "pixel_decoder"},
      "text_encoder": its parameters, or {},
      "latent_stats": {"mean": (C,), "std": (C,)},
-     "null": the condition of no prompt, with one row}
+     "null": the condition of no prompt, with one row,
+     "original_encoder": E before any tuning; evaluations alone read it}
 
 A condition is a dict: {"text" (B, L, D), "text_mask" bool (B, L)}, or
 {"labels" int32 (B,)} of a class-conditional generator.
@@ -90,6 +91,25 @@ class Generator:
     return self.text_encoder.apply(
       {"params": frozen["text_encoder"]}, tokens, mask
     )
+
+  def image_features(self, frozen: Params, images: jax.Array) -> jax.Array:
+    """What the original encoder says of uint8 images: (B, D) float32.
+
+    The mean of its patch tokens. `frozen["original_encoder"]` holds it; the
+    autoencoder's own may be tuned.
+    """
+    dtype = wide(self.autoencoder.encoder.dtype)
+    x = images.astype(dtype) / 127.5 - 1.0
+    tokens = self.autoencoder.features(frozen["original_encoder"], x)
+    return jnp.mean(tokens, axis=(1, 2)).astype(jnp.float32)
+
+  def text_features(
+    self, frozen: Params, tokens: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Mean of the text encoder's real tokens: (B, D) float32."""
+    text = self.encode_text(frozen, tokens, mask).astype(jnp.float32)
+    total = jnp.sum(jnp.where(mask[..., None], text, 0), axis=1)
+    return total / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
 
   def null_condition(self, frozen: Params, count: int) -> Condition:
     """`count` rows of no prompt: the encoded empty one, or the null class."""
