@@ -167,7 +167,17 @@ def _train_batches(
     raise ValueError(f"{part.source!r} has no examples to train on.")
   if not 0 <= seed < 2**32:
     raise ValueError(f"The data seed must lie in [0, 2**32), not {seed}.")
-  stream = grain.MapDataset.source(part.source).seed(seed).shuffle().repeat()
+  if part.image_size is None and part.transform is None:
+    read_batch = getattr(part.source, "read_batch", None)
+  else:
+    read_batch = None
+  # The order depends on the length alone, so indices have the elements'.
+  stream = (
+    grain.MapDataset.source(part.source)
+    if read_batch is None
+    else grain.MapDataset.range(len(part.source))
+  )
+  stream = stream.seed(seed).shuffle().repeat()
   if part.image_size is not None:
     augment = transforms.make_augment(
       part.augment, size=part.image_size, min_scale=part.min_scale
@@ -180,11 +190,14 @@ def _train_batches(
     )
   if part.transform is not None:
     stream = stream.random_map(part.transform)
-  blocks = _HostBlocks(stream, local_size, process_index, process_count)
-  return grain.MapDataset.source(blocks).batch(
-    local_size,
-    drop_remainder=True,
-    batch_fn=lambda elements: _stack(elements, tokenize),
+  return grain.MapDataset.source(
+    _HostBatches(
+      stream,
+      local_size,
+      process_index,
+      process_count,
+      read_batch or (lambda elements: _stack(elements, tokenize)),
+    )
   )
 
 
@@ -258,13 +271,14 @@ def eval_batches(
     "caption": "",
   }
   padded = _PaddedSource(source, crop, num_examples, batch_size, padding)
-  blocks = _HostBlocks(padded, local_size, process_index, process_count)
-  batches = grain.MapDataset.source(blocks).batch(
+  batches = _HostBatches(
+    padded,
     local_size,
-    drop_remainder=True,
-    batch_fn=lambda elements: _stack_eval(elements, captions),
+    process_index,
+    process_count,
+    lambda elements: _stack_eval(elements, captions),
   )
-  return _iterate(batches, num_threads, prefetch)
+  return _iterate(grain.MapDataset.source(batches), num_threads, prefetch)
 
 
 class _JointBatches:
@@ -283,8 +297,8 @@ class _JointBatches:
     return f"_JointBatches({self._parts!r})"
 
 
-class _HostBlocks:
-  """One host's elements of a global stream: block h of every global batch.
+class _HostBatches:
+  """One host's batches of a global stream: its block of every global batch.
 
   A strided slice, stream[h::H], would give each host a share of the same
   batches, but their concatenation would depend on H.
@@ -296,23 +310,25 @@ class _HostBlocks:
     local_size: int,
     process_index: int,
     process_count: int,
+    stack: Callable[[Sequence[Any]], Batch],
   ):
-    self._stream = stream
+    self._stream, self._stack = stream, stack
     self._local_size = local_size
     self._process_index, self._process_count = process_index, process_count
 
   def __len__(self) -> int:
-    global_size = self._local_size * self._process_count
-    return len(self._stream) // global_size * self._local_size
+    return len(self._stream) // (self._local_size * self._process_count)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    batch, row = divmod(index, self._local_size)
-    block = batch * self._process_count + self._process_index
-    return self._stream[block * self._local_size + row]
+  def __getitem__(self, index: int) -> Batch:
+    block = index * self._process_count + self._process_index
+    start = block * self._local_size
+    return self._stack(
+      [self._stream[i] for i in range(start, start + self._local_size)]
+    )
 
   def __repr__(self) -> str:
     return (
-      f"_HostBlocks({self._stream!r}, {self._local_size}, "
+      f"_HostBatches({self._stream!r}, {self._local_size}, "
       f"{self._process_index}, {self._process_count})"
     )
 
