@@ -42,18 +42,56 @@ _LOSS = {
   "source_dropout": 0.2,
   "edit_share": 0.75,
 }
-_EVALUATION = {
+_QUICK = {
+  "eval/loss": 0.5,
+  "eval/loss_t0.1": 0.75,
+  "eval/loss_t0.9": 0.25,
   "eval/joint_accuracy": 0.74,
   "eval/joint_accuracy_one_object": 0.88,
-  "eval/joint_accuracy_heldout": 0.61,
+  "eval/joint_accuracy_two_object": 0.58,
+  "eval/joint_colour": 0.97,
+  "eval/joint_relation": 0.93,
+}
+_EVALUATION = _QUICK | {
   "eval/joint_accuracy_ceiling": 0.96,
+  "eval/joint_accuracy_one_object_ceiling": 0.98,
+  "eval/joint_accuracy_two_object_ceiling": 0.94,
+  "eval/joint_accuracy_heldout": 0.61,
+  "eval/joint_accuracy_heldout_ceiling": 0.95,
+  "eval/joint_colour_ceiling": 0.995,
+  "eval/joint_colour_heldout": 0.945,
+  "eval/joint_relation_ceiling": 0.975,
   "eval/frechet_distance": 12.5,
+  "eval/frechet_distance_ceiling": 7.5,
+  "eval/frechet_distance_floor": 6.25,
   "eval/kernel_distance": 0.0125,
+  "eval/kernel_distance_ceiling": 0.003,
+  "eval/kernel_distance_floor": 0.0001,
+  "eval/kernel_distance_std": 0.0015,
   "eval/caption_similarity": 0.81,
+  "eval/caption_similarity_ceiling": 0.92,
+  "eval/caption_similarity_floor": 0.015,
   "eval/manifold_distance": 0.55,
+  "eval/manifold_distance_real": 0.625,
+  "eval/manifold_distance_tail": 0.78,
+  "eval/manifold_distance_tail_real": 0.75,
   "eval/off_manifold_share": 0.08,
 }
-_EDITS = {"eval/edit_success": 0.66, "eval/preservation_psnr": 29.5}
+_EDITS = {
+  "eval/edit_success": 0.66,
+  "eval/edit_success_copy": 0.0,
+  "eval/edit_success_regenerate": 0.125,
+  "eval/edit_success_ceiling": 0.94,
+  "eval/edit_success_recolour": 0.85,
+  "eval/edit_success_move": 0.45,
+  "eval/edit_instruction": 0.75,
+  "eval/edit_instruction_copy": 0.01,
+  "eval/edit_kept": 0.875,
+  "eval/edit_kept_copy": 1.0,
+  "eval/preservation_psnr": 29.5,
+  "eval/preservation_psnr_copy": 100.0,
+  "eval/preservation_psnr_regenerate": 14.25,
+}
 
 
 def add_generator(workdir: Path, *, side: int = 48, count: int = 0) -> None:
@@ -78,9 +116,9 @@ def _add_stage(workdir: Path, stage: str, steps: int) -> None:
     for step in range(1, steps + 1):
       writer.write(step, {"train/loss": 0.5 + 1.0 / step})
       writer.write(step, {"perf/images_per_second": 100.0})
-    for step in (steps // 2, steps):
-      share = step / steps
-      writer.write(step, {name: share * v for name, v in final.items()})
+    half = {name: value / 2 for name, value in _QUICK.items()}
+    writer.write(steps // 2, half)
+    writer.write(steps, final)
   config = {
     "stages": [stage],
     "data": {"source": "scenes"},
@@ -116,7 +154,7 @@ def add_pictures(folder: Path, steps: int, side: int, count: int) -> None:
   shown = np.where(correct[:, None, None, None], images, images[::-1])
   arrays = {"images": shown, "captions": captions, "correct": correct}
   np.savez(folder / "generated.npz", **arrays)
-  for share in (0.25, 0.5, 1.0):
+  for share in (0.25, 0.5, 0.75):
     few = {name: array[:4] for name, array in arrays.items()}
     few["images"] = _noisy(few["images"], 1 - share)
     few["correct"] = few["correct"] & (share > 0.3)
@@ -131,6 +169,7 @@ def add_pictures(folder: Path, steps: int, side: int, count: int) -> None:
     guidance=guidance,
     steps=points,
     captions=captions[:2],
+    correct=np.array(grid).std((3, 4, 5)) < 60,
   )
   times = np.linspace(1, 0, 6)
   np.savez(

@@ -43,7 +43,6 @@ _AUTOENCODER_TILES = (
 _GENERATOR_TILES = (
   "eval/joint_accuracy",
   "eval/joint_accuracy_one_object",
-  "eval/joint_accuracy_heldout",
   "eval/frechet_distance",
   "eval/edit_success",
 )
@@ -64,6 +63,12 @@ def write_report(workdir: Path) -> Path:
   workdir = Path(workdir)
   run = data.read_run(workdir)
   colors = {s.name: i % figures.NUM_COLORS for i, s in enumerate(run.stages)}
+
+  def aside(html: str) -> str:
+    """Beside a generator, what only the autoencoder has is folded."""
+    folds = html and any(stage.is_generator for stage in run.stages)
+    return page.details("Of the autoencoder", html) if folds else html
+
   sections = "\n".join(
     filter(
       None,
@@ -72,9 +77,11 @@ def write_report(workdir: Path) -> Path:
         page.section("generated", "Generated images", generated_section(run)),
         page.section("edits", "Edits", edits_section(run)),
         page.section("images", "Reconstructions", images_section(run)),
-        page.section("features", "Features", features_section(run)),
+        page.section("features", "Features", aside(features_section(run))),
         page.section("curves", "Curves", curves_section(run, colors)),
-        page.section("latents", "Latent space", latents_section(run, colors)),
+        page.section(
+          "latents", "Latent space", aside(latents_section(run, colors))
+        ),
         page.section("run", "The run", run_section(run)),
       ],
     )

@@ -8,11 +8,13 @@ from psvae_jax.report import figures, page
 from psvae_jax.report.data import Run
 from psvae_jax.report.metrics import (
   LATENT_METRICS,
+  at_time,
   describe,
   format_value,
   is_part,
   rank,
 )
+from psvae_jax.report.references import reference_of
 
 # Drawn dashed in the chart of another: metric → (that other, its title there).
 _JOINED = {
@@ -33,6 +35,7 @@ def _last(name: str) -> str:
 
 # Title → which metrics; the first group that takes a metric has it.
 _GROUPS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+  ("Loss by time", lambda name: bool(at_time(name))),
   ("Evaluation, in parts", is_part),
   ("Evaluation", lambda name: name.startswith("eval/")),
   ("Adversarial term", lambda name: _last(name) in _ADVERSARIAL),
@@ -50,11 +53,17 @@ _SHOWN_IN_ORDER = (
   "Adversarial term",
   "Throughput",
   "Other",
+  "Loss by time",
   "Evaluation, in parts",
   "Gradients and updates",
 )
 # For a closer look; on a phone they would be metres of scrolling.
-_FOLDED = ("Evaluation, in parts", "Throughput", "Gradients and updates")
+_FOLDED = (
+  "Loss by time",
+  "Evaluation, in parts",
+  "Throughput",
+  "Gradients and updates",
+)
 
 
 def curves_section(run: Run, colors: dict[str, int]) -> str:
@@ -72,7 +81,8 @@ def _curves(run: Run, colors: dict[str, int]) -> str:
   )
   groups: dict[str, list[str]] = {}
   for name in names:
-    if not is_latent(name) and not _is_uneventful(run, name):
+    aside = is_latent(name) or reference_of(name)
+    if not aside and not _is_uneventful(run, name):
       title = next(title for title, takes in _GROUPS if takes(name))
       groups.setdefault(title, []).append(name)
   parts = []

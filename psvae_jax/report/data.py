@@ -15,6 +15,7 @@ import numpy as np
 
 from psvae_jax import writers
 from psvae_jax.data import quarantine
+from psvae_jax.report import references
 from psvae_jax.report.arrays import read_arrays
 from psvae_jax.report.metrics import is_number, rank
 from psvae_jax.report.pictures import Pictures, read_pictures
@@ -36,16 +37,6 @@ STAGE_TITLES = {
   "edit": "Editing",
 }
 GENERATOR_STAGES = ("t2i", "edit")
-# Columns beside the stages: sections of the summary, and the floors of a probe.
-REFERENCE_TITLES = {
-  "encoder": "Frozen encoder",
-  "random_encoder": "Random encoder",
-  "chance": "Chance",
-  "ceiling": "Ceiling",
-}
-# Endings of metrics that belong to a reference: floors of a probe, and what
-# the generator's autoencoder would let through.
-_ENDINGS = ("random_encoder", "chance", "ceiling")
 
 
 @dataclasses.dataclass
@@ -188,23 +179,22 @@ class Run:
   def columns(self) -> dict[str, dict[str, Any]]:
     """Figures by column of the result table: stages, then references.
 
-    What a probe or a generator is to be compared with, "…_random_encoder",
-    "…_chance" or "…_ceiling", becomes columns of the row it belongs to.
+    What a figure is to be compared with becomes further columns of its row,
+    see `references`.
     """
     sections = {stage.name: stage.figures() for stage in self.stages}
     for name, section in self.summary.items():
       if name not in sections and _has_figures(section):
         sections[name] = section
     columns: dict[str, dict[str, Any]] = {name: {} for name in sections}
-    references: dict[str, dict[str, Any]] = {name: {} for name in _ENDINGS}
+    others: dict[str, dict[str, Any]] = {c: {} for c in references.COLUMNS}
     for column, section in sections.items():
       for name, value in section.items():
-        ending = next((e for e in _ENDINGS if name.endswith("_" + e)), None)
-        if ending is None:
-          columns[column][name] = value
+        if reference := references.reference_of(name):
+          others[reference[0]][reference[1]] = value
         else:
-          references[ending][name.removesuffix("_" + ending)] = value
-    columns.update({name: value for name, value in references.items() if value})
+          columns[column][name] = value
+    columns.update({name: value for name, value in others.items() if value})
     return columns
 
   def part(self, *, generator: bool) -> "Run":
@@ -227,7 +217,7 @@ class Run:
     for stage in self.stages:
       if stage.name == name:
         return stage.title
-    return REFERENCE_TITLES.get(name, name)
+    return references.TITLES.get(name, name)
 
 
 def read_run(workdir: Path) -> Run:

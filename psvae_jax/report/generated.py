@@ -12,15 +12,16 @@ from psvae_jax.report import page
 from psvae_jax.report.data import Run, Stage
 from psvae_jax.report.images import PIXELATED_BELOW, data_uri
 from psvae_jax.report.pictures import Arrays, captions_of, marks_of
+from psvae_jax.report.settings import mapping
 
-_IN_VIEW = 16  # of a gallery; the others unfold
+_IN_VIEW = 24  # of a gallery; the others unfold
 _MAX_IMAGES = 64
 _MAX_ROWS = 6  # captions shown over training, and on the way from noise
 _MAX_COLUMNS = 8
 _FEW = 4  # columns that need no more room than half a page
 _MAX_GRIDS = 4
 _MAX_EDITS = 24
-_EDITS_IN_VIEW = 9
+_EDITS_IN_VIEW = 12
 _SMALL_SIDE = 128  # of a large picture among many
 
 
@@ -30,8 +31,7 @@ def generated_section(run: Run) -> str:
   for stage in run.stages:
     if pieces := _stage(stage):
       html = "\n".join(pieces)
-      # The later stage draws the same captions once more.
-      title = f"{stage.title}, the same once more" if parts else ""
+      title = f"{stage.title}: the same captions after this stage"
       parts.append(page.details(title, html) if parts else html)
   return "\n".join(parts)
 
@@ -40,7 +40,7 @@ def _stage(stage: Stage) -> list[str]:
   found = stage.pictures
   pieces = [
     _gallery(stage, found.generated),
-    _history(stage, found.history),
+    _history(stage, _with_last(stage)),
     _guidance(stage, found.guidance_grid),
     _denoising(stage, found.denoising),
   ]
@@ -56,6 +56,14 @@ def edits_section(run: Run) -> str:
   )
 
 
+def _captions(stage: Stage, arrays: Arrays, count: int) -> list[str]:
+  """Captions; a class is called one, and not only by its number."""
+  texts = captions_of(arrays, count)
+  if mapping(stage.job, "model").get("condition") == "class":
+    return [f"class {text}" if text else "" for text in texts]
+  return texts
+
+
 def _titled(title: str, note: str, html: str) -> str:
   return f"<h3>{page.text(title)}</h3>{page.note(note)}{html}"
 
@@ -64,7 +72,7 @@ def _gallery(stage: Stage, arrays: Arrays) -> str:
   if not arrays:
     return ""
   images, marks = arrays["images"], marks_of(arrays)
-  texts = captions_of(arrays, len(images))
+  texts = _captions(stage, arrays, len(images))
   shots = [
     page.shot(
       data_uri(images[index]),
@@ -92,7 +100,7 @@ def _history(stage: Stage, history: dict[int, Arrays]) -> str:
   steps = _evenly(list(history))
   last = history[steps[-1]]
   count = min(len(arrays["images"]) for arrays in history.values())
-  texts = captions_of(last, count)
+  texts = _captions(stage, last, count)
   cards = []
   for index in range(min(count, _MAX_ROWS)):
     columns = []
@@ -102,7 +110,9 @@ def _history(stage: Stage, history: dict[int, Arrays]) -> str:
       alt = _alt(f"step {step:,}", texts[index] or f"image {index + 1}", mark)
       address = data_uri(image, _SMALL_SIDE)
       columns.append(
-        page.Column([(address, alt)], short(step), page.sign(mark))
+        page.Column(
+          [(address, alt)], short(step), page.sign(mark), bad=mark is False
+        )
       )
     small = is_small(last["images"])
     cards.append(page.strip(columns, caption=texts[index], pixelated=small))
@@ -114,6 +124,20 @@ def _history(stage: Stage, history: dict[int, Arrays]) -> str:
     note,
     page.cards(cards, wide=len(steps) > _FEW),
   )
+
+
+def _with_last(stage: Stage) -> dict[int, Arrays]:
+  """Pictures over training, and the last evaluation's of the same captions."""
+  history, last = dict(stage.pictures.history), stage.pictures.generated
+  if not history or not last or stage.evaluated_step <= max(history):
+    return history
+  newest = history[max(history)]
+  count = len(newest["images"])
+  part = {name: array[:count] for name, array in last.items()}
+  texts = [captions_of(arrays, count) for arrays in (newest, part)]
+  if newest["images"].shape == part["images"].shape and texts[0] == texts[1]:
+    history[stage.evaluated_step] = part
+  return history
 
 
 def _shares_by_step(history: dict[int, Arrays], steps: Sequence[int]) -> str:
@@ -130,7 +154,7 @@ def _guidance(stage: Stage, arrays: Arrays) -> str:
   if not arrays:
     return ""
   images, marks = arrays["images"], marks_of(arrays)
-  texts = captions_of(arrays, images.shape[2])
+  texts = _captions(stage, arrays, images.shape[2])
   head = [f"{steps:g}" for steps in arrays["steps"]]
   cards = []
   for index in range(min(images.shape[2], _MAX_GRIDS)):
@@ -142,14 +166,16 @@ def _guidance(stage: Stage, arrays: Arrays) -> str:
         mark = marks[g, s, index]
         alt = _alt(f"guidance {scale:g}, {steps} steps", text, mark)
         address = data_uri(images[g, s, index], _SMALL_SIDE)
-        cells.append((address, alt, page.sign(mark)))
+        cells.append((address, alt, mark))
       rows.append((f"{scale:g}", cells))
-    corner = "guidance ↓ steps →"
+    titles = [f"{head[0]} steps", *head[1:]]
     small = is_small(images)
-    cards.append(page.picture_table(text, corner, head, rows, pixelated=small))
+    cards.append(
+      page.picture_table(text, "guidance", titles, rows, pixelated=small)
+    )
   note = (
-    "The same seed in every field of a table. Rows: guidance scale, 1 is none;"
-    " columns: steps of the sampler."
+    "The same seed in every field of a table. A row is a guidance scale, 1 is"
+    " none; a column a number of sampler steps."
   )
   return _titled(
     f"{stage.title}, guidance × steps",
@@ -162,7 +188,7 @@ def _denoising(stage: Stage, arrays: Arrays) -> str:
   if not arrays:
     return ""
   images = arrays["images"]
-  texts = captions_of(arrays, len(images))
+  texts = _captions(stage, arrays, len(images))
   points = _evenly(range(images.shape[1]))
   cards = []
   for index in range(min(len(images), _MAX_ROWS)):
@@ -194,6 +220,7 @@ def _edits(stage: Stage, arrays: Arrays) -> str:
         [(_uri(arrays, "result", index), _alt("result", of, marks[index]))],
         "result",
         _MARKED[marks[index]],
+        bad=marks[index] is False,
       ),
       page.Column([(_uri(arrays, "target", index), f"target: {of}")], "target"),
     ]

@@ -6,6 +6,7 @@ read alike. Unknown metrics are shown under their own name.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 
@@ -85,53 +86,68 @@ METRICS: dict[str, Metric] = {
     "%",
   ),
   "joint_accuracy_one_object": Metric(
-    "Joint accuracy, one object",
-    "The same, of captions that name one object.",
-    "higher",
-    "%",
+    "Joint accuracy, one object", "", "higher", "%"
+  ),
+  "joint_accuracy_two_object": Metric(
+    "Joint accuracy, two objects", "", "higher", "%"
   ),
   "joint_accuracy_heldout": Metric(
     "Joint accuracy, held-out",
-    "The same, of combinations that training never showed.",
+    "Combinations of objects that training never showed.",
     "higher",
     "%",
   ),
   "frechet_distance": Metric(
     "Fréchet distance",
-    "Of generated to real images, in the frozen encoder’s features.",
+    "To other real images, in the frozen encoder’s features.",
     "lower",
   ),
   "kernel_distance": Metric(
     "Kernel distance",
-    "The same without the assumption of a normal distribution.",
+    "The same without taking features as normally distributed.",
     "lower",
+  ),
+  "kernel_distance_std": Metric(
+    "Kernel distance, std", "Between subsets of the images."
   ),
   "caption_similarity": Metric(
     "Caption similarity",
-    "Of an image to its caption, in the encoders’ shared space.",
+    "Cosine of an image’s features to those its caption predicts.",
     "higher",
     ".3f",
   ),
+  "caption_similarity_floor": Metric(
+    "Caption similarity, shuffled", "To another image’s caption.", "", ".3f"
+  ),
   "manifold_distance": Metric(
-    "Distance to the manifold",
-    "From a sample to the nearest real latent, the farthest 5 %.",
-    "lower",
+    "Distance to real latents",
+    "Root mean square to the nearest; as real ones have is best.",
+  ),
+  "manifold_distance_tail": Metric(
+    "Distance, farthest 5 %", "The same of the samples farthest off."
   ),
   "off_manifold_share": Metric(
     "Off the manifold",
-    "Samples farther from all real latents than real ones are.",
+    "Samples farther off than 95 % of real latents are.",
     "lower",
     "%",
   ),
   "edit_success": Metric(
     "Edit success",
-    "Edits that do what was asked and leave the rest.",
+    "The instruction is done, and every other object is in its place.",
+    "higher",
+    "%",
+  ),
+  "edit_instruction": Metric("Instruction done", "", "higher", "%"),
+  "edit_kept": Metric(
+    "Other object kept",
+    "The one that the instruction does not name.",
     "higher",
     "%",
   ),
   "preservation_psnr": Metric(
     "PSNR outside the edit",
-    "How well what was not to change is kept.",
+    "How well the rest is kept; 100 where nothing changed.",
     "higher",
     ".2f",
     "dB",
@@ -194,13 +210,24 @@ _PARTS = {
   "probe_accuracy_": ("Probe", "probe_accuracy"),
   "probe_": ("Probe", "probe_accuracy"),
   "checker_": ("Checker", "checker_accuracy"),
+  "edit_success_": ("Edit success", "edit_success"),
+  "joint_": ("Right", "joint_accuracy_heldout"),
 }
+_AT_TIME = re.compile(r"loss_t(\d.*)")
+
+
+def at_time(name: str) -> str:
+  """The time t at which a metric is a loss; "" if it is no such metric."""
+  last = name.rsplit("/", 1)[-1]
+  found = None if last in METRICS else _AT_TIME.fullmatch(last)
+  return found[1] if found else ""
 
 
 def is_part(name: str) -> bool:
   """Whether a metric is a component of a known one."""
   last = name.rsplit("/", 1)[-1]
-  return last not in METRICS and last.startswith(tuple(_PARTS))
+  parts = last not in METRICS and last.startswith(tuple(_PARTS))
+  return parts or bool(at_time(name))
 
 
 def is_of_edits(name: str) -> bool:
@@ -215,9 +242,11 @@ def describe(name: str) -> Metric:
     return Metric(f"{_FAMILIES[groups[-1]]}, {_spaced(last)}")
   if last in METRICS:
     return METRICS[last]
+  if time := at_time(name):
+    return Metric(f"Loss at t = {time}", "", "lower")
   for prefix, (label, _) in _PARTS.items():
     if last.startswith(prefix):
-      part = _spaced(last.removeprefix(prefix))
+      part = _spaced(last.removeprefix(prefix)).replace("heldout", "held-out")
       return Metric(f"{label}, {part}", "", "higher", "%")
   return Metric(name)
 
@@ -233,6 +262,7 @@ def rank(name: str) -> tuple[int, bool, str]:
     parents = [
       p for prefix, (_, p) in _PARTS.items() if last.startswith(prefix)
     ]
+    parents += ["loss"] * bool(at_time(name))
     last = parents[0] if parents else last
   order = list(METRICS)
   return (order.index(last) if last in METRICS else len(order), not known, name)

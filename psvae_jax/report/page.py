@@ -150,12 +150,14 @@ class Column(NamedTuple):
     name: below the images.
     small: small print after the name.
     words: a text in place of a further image.
+    bad: whether the images are marked as wrong; `small` must say so too.
   """
 
   images: Sequence[tuple[str, str]]
   name: str
   small: str = ""
   words: str = ""
+  bad: bool = False
 
 
 def strip(
@@ -168,14 +170,15 @@ def strip(
     caption: above the images.
     pixelated: enlarge without smoothing.
   """
-  style = ' class="pixelated"' if pixelated else ""
 
   def cell(column: Column) -> str:
+    style = _classes(pixelated, column.bad)
     images = "".join(
       f'<img src="{text(source)}" alt="{text(words)}"{style}>'
       for source, words in column.images
     )
-    below = f"<small>{text(column.small)}</small>" if column.small else ""
+    small = f"<small{_classes(False, column.bad)}>{text(column.small)}</small>"
+    below = small if column.small else ""
     words = f"<p>{text(column.words)}</p>" if column.words else ""
     return f"<div>{images}{text(column.name)}{below}{words}</div>"
 
@@ -184,6 +187,12 @@ def strip(
   return (
     f'<figure class="card">{above}<div class="strip">{cells}</div></figure>'
   )
+
+
+def _classes(pixelated: bool, bad: bool) -> str:
+  """The attribute that gives an image its looks."""
+  kinds = ["pixelated"] * pixelated + ["bad"] * bad
+  return f' class="{" ".join(kinds)}"' if kinds else ""
 
 
 def sign(mark: bool | None) -> str:
@@ -208,10 +217,9 @@ def shot(
     mark: whether it is right; None says nothing.
     pixelated: enlarge without smoothing.
   """
-  kinds = ["pixelated"] * pixelated + ["bad"] * (mark is False)
-  style = f' class="{" ".join(kinds)}"' if kinds else ""
+  style = _classes(pixelated, mark is False)
   words = {True: "✓ ", False: "✗ wrong · ", None: ""}[mark]
-  kind = ' class="bad"' if mark is False else ""
+  kind = _classes(False, mark is False)
   above = f"<b{kind}>{text(words)}</b>" if words else ""
   return (
     f'<figure class="shot"><img src="{text(address)}" alt="{text(alt)}"{style}>'
@@ -228,7 +236,7 @@ def picture_table(
   caption: str,
   corner: str,
   head: Sequence[str],
-  rows: Iterable[tuple[str, Sequence[tuple[str, str, str]]]],
+  rows: Iterable[tuple[str, Sequence[tuple[str, str, bool | None]]]],
   *,
   pixelated: bool = False,
 ) -> str:
@@ -238,13 +246,14 @@ def picture_table(
     caption: above it.
     corner: what rows and columns are.
     head: a column each.
-    rows: (name, cells); a cell is (`data:` address, alternative text, sign).
+    rows: (name, cells); a cell is (`data:` address, alternative text,
+      whether it is right).
     pixelated: enlarge without smoothing.
   """
-  style = ' class="pixelated"' if pixelated else ""
 
-  def cell(address: str, alt: str, below: str) -> str:
-    small = f"<small>{text(below)}</small>" if below else ""
+  def cell(address: str, alt: str, mark: bool | None) -> str:
+    kind, style = (_classes(x, mark is False) for x in (False, pixelated))
+    small = f"<small{kind}>{sign(mark)}</small>" if sign(mark) else ""
     image = f'<img src="{text(address)}" alt="{text(alt)}"{style}>'
     return f"<td>{image}{small}</td>"
 

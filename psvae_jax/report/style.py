@@ -101,7 +101,8 @@ td.wrap { min-width: 9rem; white-space: normal; overflow-wrap: anywhere; }
 .shot figcaption { color: var(--muted); overflow-wrap: break-word; }
 .shot b { font-weight: 600; }
 img.bad { outline: 2px dashed var(--warn); outline-offset: 1px; }
-b.bad { color: var(--warn); }
+.strip img.bad { outline-offset: -2px; }
+b.bad, .strip small.bad, .grid small.bad { color: var(--warn); }
 table.grid { min-width: 0; width: 100%; table-layout: fixed;
   font-size: 0.75rem; }
 .grid th, .grid td { padding: 0.15rem; border: 0; text-align: center;
@@ -124,7 +125,7 @@ pre { overflow-x: auto; margin: 0.75rem 0; padding: 0.9rem 1rem;
   body { padding-top: 1.5rem; }
   h1 { font-size: 1.6rem; }
   th, td { padding-left: 0.7rem; }
-  tbody th { white-space: normal; }
+  th { white-space: normal; }
   td.wrap { min-width: 6rem; }
   .tiles { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
   .tile b { font-size: 1.45rem; }

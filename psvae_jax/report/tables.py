@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax.report import page
+from psvae_jax.report import page, references
 from psvae_jax.report.data import Run, Stage
 from psvae_jax.report.metrics import (
   LATENT_METRICS,
@@ -44,21 +44,27 @@ def _generator_tables(run: Run) -> str:
   parts = {name for name in names if is_part(name)}
   edits = {name for name in names - parts if is_of_edits(name)}
   images = metric_table(run, names - parts - edits)
-  if images and "ceiling" in run.columns():
-    images += page.note(
-      "Ceiling: the real images of the same captions, through the autoencoder."
-    )
-  editors = [
-    s for s in run.stages if edits & s.figures().keys() or s.name == "edit"
-  ]
+  # Of stages that edit; the others would be empty columns.
+  editors = [s for s in run.stages if s.name == "edit"]
   edit_run = dataclasses.replace(run, stages=editors)
   pieces = [
     _titled("Generated images", images),
     _titled("Edits", metric_table(edit_run, edits)),
+    _references_note(run),
   ]
   if parts:
     pieces.append(page.details("In parts", metric_table(run, parts)))
   return "\n".join(filter(None, pieces))
+
+
+def _references_note(run: Run) -> str:
+  """What the columns beside the stages are."""
+  found = [
+    f"{references.TITLES[name]}: {note}"
+    for name, note in references.NOTES.items()
+    if name in run.columns()
+  ]
+  return page.note("; ".join(found) + ".") if found else ""
 
 
 def _result_names(run: Run) -> set[str]:
