@@ -26,7 +26,10 @@ class LatentBank:
   def __init__(self, latents: np.ndarray) -> None:
     if not len(latents):
       raise ValueError("a bank of no latents; is the training split empty?")
-    self._bank = np.ascontiguousarray(_flat(latents))
+    self._bank = _flat(latents)
+    # About their middle, squares are small and float32 tells them apart.
+    self._middle = self._bank.mean(0)
+    self._bank -= self._middle
     self._squares = np.square(self._bank).sum(1)
 
   def __len__(self) -> int:
@@ -49,15 +52,19 @@ class LatentBank:
       ValueError: latents of another size.
     """
     flat = _flat(latents)
+    if not len(flat):
+      return np.zeros(0)
     if flat.shape[1] != self._bank.shape[1]:
       raise ValueError(
         f"latents have {flat.shape[1]} values, the bank's {self._bank.shape[1]}"
       )
-    found = [
-      self._chunk(flat[start : start + _CHUNK])
-      for start in range(0, len(flat), _CHUNK)
-    ]
-    return np.concatenate(found) if found else np.zeros(0)
+    flat -= self._middle
+    return np.concatenate(
+      [
+        self._chunk(flat[start : start + _CHUNK])
+        for start in range(0, len(flat), _CHUNK)
+      ]
+    )
 
   def _chunk(self, flat: np.ndarray) -> np.ndarray:
     # |a − b|² without |a|², which is the same for every b.
@@ -98,4 +105,6 @@ def manifold_metrics(
 
 
 def _flat(latents: np.ndarray) -> np.ndarray:
-  return np.asarray(latents, np.float32).reshape(len(latents), -1)
+  """(N, …) → float32 (N, values), a copy."""
+  size = int(np.prod(latents.shape[1:]))
+  return np.array(latents, np.float32).reshape(len(latents), size)
