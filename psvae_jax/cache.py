@@ -462,18 +462,17 @@ def _finish(root: Path, spec: cached_lib.CacheSpec, shards: _Shards) -> None:
       )
     size = path.stat().st_size
     entries.append({"file": path.name, "records": records, "bytes": size})
-  files.write_json(
-    root / cached_lib.MANIFEST_FILE,
-    {
-      "format": cached_lib.FORMAT,
-      "spec": spec.to_json(),
-      "shard_size": shards.size,
-      "shards": entries,
-    },
-  )
-  (root / UNFINISHED_FILE).unlink(missing_ok=True)
   for leftover in root.glob(f".*{_TEMPORARY}"):
     leftover.unlink(missing_ok=True)
+  manifest = {
+    "format": cached_lib.FORMAT,
+    "spec": spec.to_json(),
+    "shard_size": shards.size,
+    "shards": entries,
+  }
+  # In one move: the folder says either what is missing or what it holds.
+  files.write_json(root / UNFINISHED_FILE, manifest)
+  os.replace(root / UNFINISHED_FILE, root / cached_lib.MANIFEST_FILE)
 
 
 @contextlib.contextmanager

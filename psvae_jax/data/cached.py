@@ -275,13 +275,12 @@ def _read_manifest(root: Path) -> dict[str, Any]:
   try:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     version = manifest["format"]
-    complete = all(
-      {"file", "records", "bytes"} <= shard.keys()
-      for shard in manifest["shards"]
-    )
-    if not complete or not manifest["spec"]["data"]["num_examples"]:
+    numbers = [manifest["shard_size"]]
+    numbers += [manifest["spec"]["data"][n] for n in ("num_examples", "views")]
+    for shard in manifest["shards"]:
+      numbers += [shard["records"], shard["bytes"], len(shard["file"])]
+    if not all(isinstance(n, int) and n > 0 for n in numbers):
       raise ValueError("entries are missing")
-    manifest["shard_size"], manifest["spec"]["data"]["views"]  # noqa: B018
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise CacheError(f"{path} is damaged ({error}): {remedy(root)}") from error
   if version != FORMAT:

@@ -6,7 +6,15 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from psvae_jax.data import bundled, folder, pipeline, sources, transforms
+from psvae_jax.data import (
+  bundled,
+  folder,
+  pipeline,
+  scenes,
+  sources,
+  transforms,
+  views,
+)
 
 
 class ArraySource:
@@ -417,3 +425,139 @@ def test_crop_never_flips():
   for seed in range(50):
     columns = apply(transform, gradient(8, 8), seed)[0, :, 1].astype(int)
     assert (np.diff(columns) >= 0).all()
+
+
+class EncodedSource:
+  """Elements without images, as a cache's."""
+
+  def __init__(self, length: int):
+    self._length = length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index):
+    latent = np.full((2, 2, 3), index, np.float16)
+    return {"latent": latent, "index": np.int64(index)}
+
+
+class BatchedSource(EncodedSource):
+  """The same, read in batches; counts them."""
+
+  reads = 0
+
+  def read_batch(self, indices):
+    self.reads += 1
+    elements = [self[int(i)] for i in indices]
+    return {n: np.stack([e[n] for e in elements]) for n in elements[0]}
+
+
+def encoded(source, **options):
+  return train(source, **{"image_size": None, **options})
+
+
+def test_elements_without_images():
+  batch = next(encoded(EncodedSource(20)))
+  assert set(batch) == {"latent", "index"}
+  assert batch["latent"].shape == (8, 2, 2, 3)
+  assert batch["latent"].dtype == np.float16
+  np.testing.assert_array_equal(batch["latent"][:, 0, 0, 0], batch["index"])
+  with pytest.raises(ValueError, match='augment="crop" needs images of a size'):
+    encoded(EncodedSource(20), augment="crop")
+
+
+def test_order_depends_on_length_and_seed_alone():
+  """Images, latents one by one and latents in batches: one order."""
+  batched = BatchedSource(21)
+  orders = [
+    [batch["index"] for batch in take(iterator, 7)]
+    for iterator in (
+      train(ArraySource(21)),
+      encoded(EncodedSource(21)),
+      encoded(batched),
+    )
+  ]
+  np.testing.assert_array_equal(orders[0], orders[1])
+  np.testing.assert_array_equal(orders[0], orders[2])
+  assert batched.reads == 7
+
+
+def test_a_transform_reads_one_by_one():
+  batched = BatchedSource(21)
+  batch = next(encoded(batched, transform=jitter))
+  assert batch["noise"].shape == (8, 3) and not batched.reads
+
+
+def test_tokens_that_are_there_are_kept():
+  def tokens(element, rng):
+    return {**element, "tokens": np.arange(3, dtype=np.int32)}
+
+  batch = next(encoded(EncodedSource(20), transform=tokens, tokenize=tokenize))
+  assert batch["tokens"].shape == (8, 3) and "token_mask" not in batch
+
+
+def joint(parts=None, **options):
+  parts = parts or {
+    "t2i": pipeline.Part(ArraySource(21), 8, 4),
+    "edit": pipeline.Part(EncodedSource(10), 4),
+  }
+  defaults = {"seed": 3, "num_threads": 0}
+  return pipeline.joint_train_iterator(parts, **{**defaults, **options})
+
+
+def test_parts_are_what_they_would_be_alone():
+  batches = take(joint(), 5)
+  assert all(set(batch) == {"t2i", "edit"} for batch in batches)
+  alone = take(train(ArraySource(21), seed=3), 5)
+  assert_same([batch["t2i"] for batch in batches], alone)
+  alone = take(encoded(EncodedSource(10), seed=3, batch_size=4), 5)
+  assert_same([batch["edit"] for batch in batches], alone)
+
+
+def test_parts_are_cut_into_hosts_each_by_itself():
+  whole = take(joint(), 4)
+  for name in ("t2i", "edit"):
+
+    def make(name=name, **split):
+      return [batch[name] for batch in take(joint(**split), 4)]
+
+    assert_same(over_hosts(make, 2), [batch[name] for batch in whole])
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_joint_batches_resume(num_threads):
+  iterator = joint(num_threads=num_threads)
+  take(iterator, 4)
+  state = iterator.get_state()
+  expected = take(iterator, 4)
+  fresh = joint(num_threads=num_threads)
+  fresh.set_state(state)
+  for batch, other in zip(take(fresh, 4), expected, strict=True):
+    for name in other:
+      assert_same([batch[name]], [other[name]])
+
+
+def test_edits_on_the_fly():
+  edits = views.EditExamples(scenes.EditSource("train", 6, 32))
+  parts = {"edit": pipeline.Part(edits, 4, 16, "crop", min_scale=0.9)}
+
+  def lengths(texts):
+    return np.array([[len(text)] for text in texts]), np.ones((len(texts), 1))
+
+  batch = next(joint(parts, tokenize=lengths))["edit"]
+  assert set(batch) == {"image", "source", "index", "tokens", "token_mask"}
+  assert batch["source"].shape == batch["image"].shape == (4, 16, 16, 3)
+  for row, index in enumerate(batch["index"]):
+    assert batch["tokens"][row] == len(edits[index]["caption"])
+  # One crop for both: a share of the pixels is as equal as before.
+  different = (batch["source"] != batch["image"]).any(-1).mean((1, 2))
+  assert (different < 0.5).all()
+
+
+def test_bad_joint_settings():
+  with pytest.raises(ValueError, match="at least one part"):
+    pipeline.joint_train_iterator({}, seed=0)
+  with pytest.raises(
+    ValueError, match="Part 'edit': .*batch size 4 does not d"
+  ):
+    joint(process_count=8)
