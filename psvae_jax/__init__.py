@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
   "Encoder": "psvae_jax.pretrained.encoder",
   "PSVAE": "psvae_jax.psvae",
+  "TextToImage": "psvae_jax.text_to_image",
   "load_encoder": "psvae_jax.pretrained.encoder",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

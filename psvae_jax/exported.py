@@ -94,10 +94,12 @@ def read_config(folder: Path) -> dict[str, Any]:
       f"{path}: kind is {raw.get('kind')!r}, not " + " or ".join(_KINDS)
     )
   description = field(raw, "description", dict, path)
-  if fingerprint_of(description) != field(raw, "fingerprint", str, path):
+  if fingerprint_of(description) != field(
+    raw, "fingerprint", str, path
+  ) or description.get("model") != raw.get("model"):
     raise ValueError(
-      f"{path}: fingerprint and description do not belong together; the file "
-      "was changed by hand: export the folder again"
+      f"{path}: fingerprint, description and model section do not belong "
+      "together; the file was changed by hand: export the folder again"
     )
   return raw
 
@@ -230,10 +232,10 @@ def autoencoder_folder(folder: Path) -> Path:
   raw = read_config(folder)
   if raw["kind"] == "autoencoder":
     return folder
-  path = field(raw, "autoencoder", dict, folder / _CONFIG).get("path")
-  if path == EMBEDDED:
+  name = field(raw, "autoencoder", str, folder / _CONFIG)
+  if name == EMBEDDED:
     return resolve(EMBEDDED, "autoencoder")
-  return folder / str(path)
+  return folder / name
 
 
 def load_autoencoder(

@@ -424,7 +424,7 @@ class ImageSampler:
     if labels.size and not np.issubdtype(labels.dtype, np.integer):
       raise ValueError(
         f"this generator takes class labels, integers in [0, {count}), got "
-        f"{labels.ravel()[0]!r}"
+        f"{labels.ravel().tolist()[0]!r}"
       )
     wrong = labels[(labels < 0) | (labels >= count)] if labels.size else labels
     if wrong.size:
