@@ -1,5 +1,6 @@
 """A stage outside its loop: first state, data, can it start, is it done."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from psvae_jax import sharding, train_state
 from psvae_jax.config import STAGES, Config
 from psvae_jax.data import pipeline, sources
 from psvae_jax.tasks.base import Task
+from psvae_jax.tasks.data import quarantine_file
 from psvae_jax.train_state import TrainState
 from psvae_jax.writers import read_summary
 
@@ -78,28 +80,21 @@ def make_train_iterator(
   task: Task, config: Config, stage: str, workdir: Path
 ) -> Any:
   """This host's part of the training batches of `stage`, checkpointable."""
-  section = config.sections[stage]
-  return pipeline.train_iterator(
-    sources.make_source(
-      config.data, "train", task.image_size, quarantine_file(workdir)
-    ),
-    image_size=task.image_size,
-    batch_size=section.train.batch_size,
+  data = task.train_data(workdir)
+  shared = dict(
     # Stages see different orders of the same data, whichever are run.
     seed=config.data.seed + 1009 * index(stage),
-    augment=config.data.augment,
-    min_scale=config.data.min_scale,
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    transform=task.example_transform(),
+    tokenize=data.tokenize,
   )
-
-
-def quarantine_file(workdir: Path) -> Path:
-  """Where the records that cannot be read are named."""
-  return Path(workdir) / "quarantine.jsonl"
+  if not isinstance(data.parts, pipeline.Part):
+    return pipeline.joint_train_iterator(data.parts, **shared)
+  part = data.parts
+  fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+  return pipeline.train_iterator(**fields, **shared)
 
 
 def check_data(task: Task, config: Config, workdir: Path) -> None:

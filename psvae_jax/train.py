@@ -20,6 +20,7 @@ from psvae_jax.config.checks import check_shards
 from psvae_jax.optim import make_optimizer
 from psvae_jax.progress import Progress
 from psvae_jax.tasks.base import EvalContext, Task
+from psvae_jax.tasks.data import quarantine_file
 from psvae_jax.train_state import TrainState
 from psvae_jax.writers import MetricWriter, disk_is_full
 
@@ -176,7 +177,7 @@ class _Run:
       ),
     )
     self.context = EvalContext(
-      mesh, folder if chief else None, stage_lib.quarantine_file(workdir)
+      mesh, folder if chief else None, quarantine_file(workdir)
     )
     self.writer = MetricWriter(folder, start_step=self.step, enabled=chief)
     self.guard = guard_lib.Guard(
@@ -251,7 +252,8 @@ class _Run:
     return ""
 
   def _evaluate(self) -> dict[str, float]:
-    return self.task.evaluate(self.state.ema_params, self.frozen, self.context)
+    context = dataclasses.replace(self.context, step=self.step)
+    return self.task.evaluate(self.state.ema_params, self.frozen, context)
 
   def _save(self) -> None:
     self.checkpointer.save(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from psvae_jax.config import Config
+from psvae_jax.config import STAGES, Config, GeneratorModel
 from psvae_jax.tasks.autoencoder import AutoencoderTask
 from psvae_jax.tasks.base import Task
 from psvae_jax.tasks.encoder import EncoderTask
@@ -11,5 +11,10 @@ from psvae_jax.tasks.routes import ROUTES
 
 def make_task(stage: str, config: Config, workdir: Path) -> Task:
   """Builds the task of one stage of a job."""
+  if STAGES[stage][0] is GeneratorModel:
+    # Not above: it stands on `psvae_jax.psvae`, which stands on this package.
+    from psvae_jax.tasks.generator import GeneratorTask
+
+    return GeneratorTask(stage, config, workdir)
   kind = AutoencoderTask if stage in ROUTES else EncoderTask
   return kind(stage, config, workdir)

@@ -33,6 +33,7 @@ from psvae_jax.tasks.base import (
   Metrics,
   Params,
 )
+from psvae_jax.tasks.data import TrainData, image_part
 from psvae_jax.tasks.routes import PD, ROUTES, SD, SE, D, E, Route
 from psvae_jax.train_state import TrainState
 
@@ -385,8 +386,9 @@ class AutoencoderTask:
       grads[D] = done.verdict.grads
     return grads, {**metrics, "loss_pixel": pixel, "loss": loss}
 
-  def example_transform(self) -> Callable | None:
-    return None
+  def train_data(self, workdir: Path) -> TrainData:
+    size = self.section.train.batch_size
+    return TrainData(image_part(self.config, size, self.image_size, workdir))
 
   def evaluate(
     self, params: Params, frozen: Params, context: EvalContext

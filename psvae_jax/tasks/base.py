@@ -6,7 +6,6 @@ itself on held-out data. The loop knows no model, the task knows no loop.
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from psvae_jax.optim import TrainedModule
+from psvae_jax.tasks.data import TrainData
 from psvae_jax.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -30,11 +30,13 @@ class EvalContext:
     folder: `<workdir>/<stage>`; None writes no pictures.
     quarantine: `<workdir>/quarantine.jsonl`, the same on every host, since it
       decides which records there are; None keeps no list.
+    step: steps done.
   """
 
   mesh: Mesh
   folder: Path | None = None
   quarantine: Path | None = None
+  step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Task(Protocol):
     scalars and include "loss".
     """
 
-  def example_transform(self) -> Callable | None:
-    """Per-example (element, rng) → element for the data pipeline, or None."""
+  def train_data(self, workdir: Path) -> TrainData:
+    """What the batches of `gradients` are made of."""
 
   def evaluate(
     self, params: Params, frozen: Params, context: EvalContext

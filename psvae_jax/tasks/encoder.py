@@ -46,6 +46,7 @@ from psvae_jax.pretrained.tokenizer import (
   train_tokenizer,
 )
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
+from psvae_jax.tasks.data import TrainData, image_part
 from psvae_jax.train_state import TrainState
 
 MAX_SCALE = 100.0  # CLIP's bound on the logit scale
@@ -303,6 +304,16 @@ class EncoderTask:
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     return grads, state.model_state, metrics
+
+  def train_data(self, workdir: Path) -> TrainData:
+    part = image_part(
+      self.config,
+      self.section.train.batch_size,
+      self.image_size,
+      workdir,
+      self.example_transform(),
+    )
+    return TrainData(part)
 
   def example_transform(self) -> Callable:
     source = make_source(self.config.data, "train", self.image_size)
