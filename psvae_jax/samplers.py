@@ -39,7 +39,7 @@ def time_grid(
   * "rae": RAE's. `steps` counts points, so there are steps − 1 steps, and the
     last time is not 0: what comes out holds a little noise.
 
-  At 50 steps and shift 3 they differ by up to 0.05. A `start` under 1 squeezes
+  At 50 steps and shift 3 they differ by up to 0.055. A `start` under 1 squeezes
   the unshifted grid so that its first time, shifted, is `start` itself; the
   two foreign grids have no such use of their own that one could copy.
 

@@ -1,11 +1,14 @@
 """Time grids against their sources; solvers against exact solutions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 import tiny
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from psvae_jax import flow, samplers
 from psvae_jax.config import ConfigError
@@ -154,7 +157,7 @@ def _solution(mixture, x, start, end):
 
 def _slope(mixture, solver, shift=1.0, start=1.0, name="uniform"):
   """Order of a solver: how fast its error falls with the number of steps."""
-  steps = np.array([32, 64, 128, 256])
+  steps = np.array([64, 128, 256])
   x = np.linspace(-2, 2, 9)
   errors = []
   with jax.enable_x64(True):
@@ -167,7 +170,7 @@ def _slope(mixture, solver, shift=1.0, start=1.0, name="uniform"):
   return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
-@pytest.mark.parametrize("shift, start", [(1.0, 1.0), (2.0, 1.0), (2.0, 0.8)])
+@pytest.mark.parametrize("shift, start", [(1.0, 1.0), (2.0, 0.8)])
 @pytest.mark.parametrize(
   "solver, order", [("euler", 1), ("heun", 2), ("midpoint", 2)]
 )
@@ -230,14 +233,21 @@ def test_evaluations_are_as_stated_and_the_velocity_is_traced_once(
     jax.debug.callback(lambda t: calls.append(float(t)), t)
     return x
 
-  grid = samplers.time_grid(name, 5)
+  grid = samplers.time_grid(name, 5, 3.0)
   jax.jit(lambda x: samplers.integrate(velocity, x, grid, solver))(jnp.ones(2))
   jax.effects_barrier()
   assert len(traces) == 1
   assert len(calls) == samplers.num_evaluations(solver, grid)
   steps = 4 if name == "rae" else 5
   assert len(calls) == steps * (1 if solver == "euler" else 2)
-  assert max(calls) == 1 and min(calls) >= grid[-1]
+  # Times are rounded once, from float64.
+  second = {
+    "euler": [],
+    "heun": grid[1:],
+    "midpoint": (grid[1:] + grid[:-1]) / 2,
+  }
+  expected = np.concatenate([grid[:-1], second[solver]]).astype(np.float32)
+  np.testing.assert_array_equal(np.sort(calls), np.sort(expected))
 
 
 @pytest.mark.parametrize("solver", samplers.SOLVERS)
@@ -263,14 +273,14 @@ def test_kept_points_are_shorter_integrations(solver):
   grid = samplers.time_grid("uniform", 6, 2.0)
   fn = _velocity(_MIXTURE)
   x = jnp.linspace(-2, 2, 5)
-  keep = (6, 0, 3, -3, 3)
+  keep = (6, 3, -3, 3, 0)
   end, kept = samplers.integrate(fn, x, grid, solver, keep)
   np.testing.assert_array_equal(end, samplers.integrate(fn, x, grid, solver))
   assert kept.shape == (5, 5)
   np.testing.assert_array_equal(kept[0], end)
-  np.testing.assert_array_equal(kept[1], x)
-  np.testing.assert_array_equal(kept[4], kept[2])
-  for row, point in ((2, 3), (3, 4)):
+  np.testing.assert_array_equal(kept[4], x)
+  np.testing.assert_array_equal(kept[3], kept[1])
+  for row, point in ((1, 3), (2, 4)):
     np.testing.assert_allclose(
       kept[row],
       samplers.integrate(fn, x, grid[: point + 1], solver),
@@ -302,6 +312,25 @@ def test_the_last_estimate_of_an_unfinished_grid_is_a_step_ahead():
     _velocity(_MIXTURE), x, grid, keep=(-2, -1), keep_denoised=True
   )
   np.testing.assert_allclose(kept[1], kept[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_examples_never_leave_their_device(solver):
+  """Kept points and all: split over a mesh, a solver communicates nothing."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  x = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=split)
+  grid = samplers.time_grid("uniform", 6)
+
+  @jax.jit
+  def sample(x):
+    return samplers.integrate(lambda x, t: t * x, x, grid, solver, (0, 3, 6))
+
+  compiled = sample.lower(x).compile()
+  assert not re.search("all-|collective|permute", compiled.as_text())
+  end, kept = compiled.output_shardings
+  assert end.spec == PartitionSpec("data")
+  assert kept.spec == PartitionSpec(None, "data")
 
 
 def test_half_precision_latents_are_integrated_in_float32():
