@@ -19,6 +19,8 @@ from psvae_jax.config import (
   Config,
   ConfigError,
   EncoderModel,
+  GeneratorModel,
+  GeneratorStage,
   nearest,
 )
 
@@ -222,12 +224,15 @@ def _nearest_multiple(value: int, factor: int) -> int:
 
 def _heads(path: str, width: int, heads: int) -> None:
   if width % heads:
-    fitting = [n for n in range(1, width + 1) if width % n == 0]
-    near = min(fitting, key=lambda n: abs(n - heads))
     raise ConfigError(
       f"config.{path}.num_heads={heads} does not divide config.{path}.width="
-      f"{width}; {near} would"
+      f"{width}; {_nearest_divisor(width, heads)} would"
     )
+
+
+def _nearest_divisor(value: int, divisor: int) -> int:
+  fitting = [n for n in range(1, value + 1) if value % n == 0]
+  return min(fitting, key=lambda n: abs(n - divisor))
 
 
 def _check_pixel_decoder(config: Config) -> None:
@@ -379,6 +384,90 @@ def _check_vision(config: Config) -> None:
     )
 
 
+def _check_generator(config: Config) -> None:
+  if not isinstance(config.model, GeneratorModel):
+    return
+  model, dit = config.model, config.model.dit
+  _heads("model.dit", dit.width, dit.num_heads)
+  if dit.head_depth and dit.head_width % dit.head_num_heads:
+    raise ConfigError(
+      f"config.model.dit.head_num_heads={dit.head_num_heads} does not divide "
+      f"config.model.dit.head_width={dit.head_width}; "
+      f"{_nearest_divisor(dit.head_width, dit.head_num_heads)} would"
+    )
+  for name, width, heads in (
+    ("", dit.width, dit.num_heads),
+    ("head_", dit.head_width, dit.head_num_heads if dit.head_depth else 0),
+  ):
+    if heads and width // heads % 4:
+      fitting = [n for n in range(1, width + 1) if width % (4 * n) == 0]
+      near = min(fitting, key=lambda n: abs(n - heads), default=0)
+      raise ConfigError(
+        f"config.model.dit.{name}num_heads={heads} gives heads of "
+        f"{width // heads} channels, which 2-D rotary positions need to be a "
+        "multiple of 4"
+        + (f"; {near} would" if near else f": change dit.{name}width={width}")
+      )
+  if (model.condition == "class") != bool(model.num_classes):
+    raise ConfigError(
+      f"config.model.condition={model.condition!r} with config.model."
+      f"num_classes={model.num_classes}: classes go with 'class', e.g. "
+      "--config.model.condition=class --config.model.num_classes=1000"
+    )
+  if model.condition == "class" and model.text_encoder:
+    raise ConfigError(
+      f"config.model.text_encoder={model.text_encoder!r} is for config.model."
+      "condition='text', not 'class'"
+    )
+  if model.condition == "class" and config.data.source != "tfds":
+    raise ConfigError(
+      "config.model.condition='class' needs a data set with classes, config."
+      f"data.source='tfds', not {config.data.source!r}"
+    )
+
+
+def _check_views(config: Config) -> None:
+  plain = config.data.augment in ("none", "center")
+  if config.cache.enabled and config.cache.views > 1 and plain:
+    raise ConfigError(
+      f"config.cache.views={config.cache.views} would be equal with config."
+      f"data.augment={config.data.augment!r}; set views=1, or augment='crop' "
+      "or 'crop_flip'"
+    )
+
+
+def _check_guidance(config: Config) -> None:
+  sample = config.sample
+  if sample.guidance_low > sample.guidance_high:
+    raise ConfigError(
+      f"config.sample.guidance_low={sample.guidance_low} is above "
+      f"guidance_high={sample.guidance_high}: guidance would never act; e.g. "
+      "guidance_low=0.0"
+    )
+
+
+def edit_rows(section: GeneratorStage) -> int:
+  """Edits in a global batch of an edit stage; the rest is text-to-image."""
+  return round(section.loss.edit_share * section.train.batch_size)
+
+
+def _check_edits(config: Config) -> None:
+  section = config.sections.get("edit")
+  if section is None:
+    return
+  batch, share = section.train.batch_size, section.loss.edit_share
+  if config.model.condition != "text":
+    raise ConfigError(
+      "config.stages has 'edit', whose instructions are text: set config.model."
+      "condition='text'"
+    )
+  if not edit_rows(section):
+    raise ConfigError(
+      f"config.edit.loss.edit_share={share} leaves no edit in config.edit."
+      f"train.batch_size={batch}; {1 / batch:.2g} would leave one"
+    )
+
+
 CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_folders,
   _check_builder,
@@ -388,6 +477,10 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_image_sizes,
   _check_adversary,
   _check_vision,
+  _check_generator,
+  _check_edits,
+  _check_views,
+  _check_guidance,
 )
 
 
@@ -415,6 +508,8 @@ def check_shards(config: Config, shards: int) -> None:
     f"{stage}.train": (section.train.batch_size, section.train.accumulate)
     for stage, section in config.sections.items()
   } | {"eval": (config.eval.batch_size, 1)}
+  if "edit" in config.sections:
+    _check_edit_shards(config.sections["edit"], shards)
   for path, (batch, parts) in batches.items():
     if batch % (shards * parts):
       split = f" in {parts} micro-batches" if parts > 1 else ""
@@ -423,6 +518,19 @@ def check_shards(config: Config, shards: int) -> None:
         f"{shards} shards of mesh axes data × fsdp; "
         f"{_nearest_multiple(batch, shards * parts)} would"
       )
+
+
+def _check_edit_shards(section: GeneratorStage, shards: int) -> None:
+  """Each part of an edit stage's batch is divided by itself."""
+  batch, parts = section.train.batch_size, section.train.accumulate
+  edits, unit = edit_rows(section), shards * parts
+  if batch % unit == 0 and edits % unit:
+    near = min(_nearest_multiple(edits, unit), batch)
+    raise ConfigError(
+      f"config.edit.loss.edit_share={section.loss.edit_share} makes {edits} "
+      f"of {batch} examples edits, which do not divide over {unit} (shards of "
+      f"mesh axes data × fsdp, times micro-batches); {near / batch:g} would"
+    )
 
 
 def check_devices(config: Config, devices: int) -> None:

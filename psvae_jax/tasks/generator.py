@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from psvae_jax import flow
-from psvae_jax.config import Config, GeneratorStage
+from psvae_jax.config import Config
+from psvae_jax.config.checks import edit_rows
 from psvae_jax.evaluators.edits import EditEvaluator
 from psvae_jax.evaluators.generator import GeneratorEvaluator
 from psvae_jax.models import generator as generator_lib
@@ -332,11 +333,6 @@ class GeneratorTask:
     self, params: Params, metrics: dict[str, float], workdir: Path
   ) -> None:
     """Nothing: checkpoints, statistics and config are in the workdir."""
-
-
-def edit_rows(section: GeneratorStage) -> int:
-  """Edits in a global batch of an edit stage."""
-  return round(section.loss.edit_share * section.train.batch_size)
 
 
 def _original_encoder(
