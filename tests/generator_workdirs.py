@@ -106,6 +106,8 @@ def add_generator(workdir: Path, *, side: int = 48, count: int = 0) -> None:
     _add_stage(workdir, stage, steps)
     add_pictures(workdir / stage, steps, side, count or NUM_IMAGES)
   add_edits(workdir / "edit", side, count or NUM_IMAGES)
+  stats = {"fingerprint": "0123456789abcdef", "count": 48_000}
+  writers.write_json_atomic(workdir / "latent_stats.json", stats)
 
 
 def _add_stage(workdir: Path, stage: str, steps: int) -> None:
@@ -116,6 +118,8 @@ def _add_stage(workdir: Path, stage: str, steps: int) -> None:
     for step in range(1, steps + 1):
       writer.write(step, {"train/loss": 0.5 + 1.0 / step})
       writer.write(step, {"perf/images_per_second": 100.0})
+    if stage == "edit":
+      final |= {"eval/edit_loss": 0.375, "eval/edit_loss_t0.9": 0.125}
     half = {name: value / 2 for name, value in _QUICK.items()}
     writer.write(steps // 2, half)
     writer.write(steps, final)
@@ -124,6 +128,7 @@ def _add_stage(workdir: Path, stage: str, steps: int) -> None:
     "data": {"source": "scenes"},
     "model": _MODEL,
     "autoencoder": {"path": "", "stage": ""},
+    "cache": {"enabled": True, "dtype": "float16"},
     "sample": _SAMPLE,
     stage: {
       "train": {"steps": steps, "batch_size": 64, "ema": 0.999},

@@ -154,7 +154,9 @@ def _tiles(
       *before, last = having
       beside = []
       if is_number(ceilings.get(name)):
-        beside.append(f"ceiling {format_value(name, ceilings[name])}")
+        # Of a distance it is not the highest figure but the lowest.
+        best = "ceiling" if describe(name).better == "higher" else "at best"
+        beside.append(f"{best} {format_value(name, ceilings[name])}")
       if before:
         value = format_value(name, before[-1].figures()[name])
         beside.append(f"{before[-1].title} {value}")

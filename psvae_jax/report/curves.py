@@ -1,5 +1,6 @@
 """The report's curves: every metric over steps, stages end to end."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -68,11 +69,33 @@ _FOLDED = (
 
 def curves_section(run: Run, colors: dict[str, int]) -> str:
   """Every metric but the latents', in groups; the generator's first."""
-  generator = _curves(run.part(generator=True), colors)
+  generator = _curves(_histories(run.part(generator=True)), colors)
   rest = _curves(run.part(generator=False), colors)
   if generator and rest:
     return generator + page.details("Of the autoencoder", rest)
   return generator + rest
+
+
+def _histories(run: Run) -> Run:
+  """Without what only a stage's end has measured: the tables say it all."""
+  names = {
+    name
+    for stage in run.stages
+    for name in stage.metric_names()
+    if name.startswith("eval/")
+  }
+  once = {n for n in names if all(len(s.series(n)[0]) < 2 for s in run.stages)}
+  stages = [
+    dataclasses.replace(
+      stage,
+      records=[
+        {name: v for name, v in record.items() if name not in once}
+        for record in stage.records
+      ],
+    )
+    for stage in run.stages
+  ]
+  return dataclasses.replace(run, stages=stages)
 
 
 def _curves(run: Run, colors: dict[str, int]) -> str:

@@ -24,6 +24,7 @@ CONFIG_FILE = "config.json"
 SAMPLES_DIR = "samples"
 LATENTS_FILE = "latents.npz"
 QUARANTINE_FILE = "quarantine.jsonl"
+LATENT_STATS_FILE = "latent_stats.json"
 
 STAGE_TITLES = {
   "encoder": "Encoder",
@@ -166,6 +167,7 @@ class Run:
     updated: time of the last write, seconds since the epoch; 0 if unknown.
     notices: sentences on what was left out and why.
     quarantine: entries of `quarantine.jsonl`, one a record.
+    latent_stats: of the generator's latents, {} if there are none.
   """
 
   name: str
@@ -175,6 +177,7 @@ class Run:
   updated: float
   notices: list[str]
   quarantine: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  latent_stats: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def columns(self) -> dict[str, dict[str, Any]]:
     """Figures by column of the result table: stages, then references.
@@ -235,7 +238,7 @@ def read_run(workdir: Path) -> Run:
       f"{workdir} is not a folder; pass the --workdir of a training job."
     )
   notices: list[str] = []
-  config = _read_config(workdir / CONFIG_FILE, notices)
+  config = _read_json(workdir / CONFIG_FILE, notices)
   try:
     summary = writers.read_summary(workdir)
   except ValueError as error:
@@ -245,7 +248,7 @@ def read_run(workdir: Path) -> Run:
   for name in _stage_names(workdir, config, summary):
     section = summary.get(name)
     # What the stage was trained with; later jobs may ask for something else.
-    trained = _read_config(workdir / name / CONFIG_FILE, notices)
+    trained = _read_json(workdir / name / CONFIG_FILE, notices)
     job = trained or config
     own = _mapping(_stage_config(job, name))
     train = _mapping(own.get("train"))
@@ -274,6 +277,7 @@ def read_run(workdir: Path) -> Run:
     updated=max((f.stat().st_mtime for f in files if f.exists()), default=0),
     notices=notices,
     quarantine=quarantine.read(workdir / QUARANTINE_FILE),
+    latent_stats=_read_json(workdir / LATENT_STATS_FILE, notices),
   )
 
 
@@ -315,7 +319,7 @@ def _stage_config(config: Mapping[str, Any], name: str) -> Any:
   return config.get(name, _mapping(config.get("sections")).get(name))
 
 
-def _read_config(path: Path, notices: list[str]) -> dict[str, Any]:
+def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:

@@ -145,7 +145,8 @@ def _shares_by_step(history: dict[int, Arrays], steps: Sequence[int]) -> str:
   for step in steps:
     marks = marks_of(history[step])
     if marks.size and marks[0] is not None:
-      parts.append(f"{marks.sum()} of {marks.size} at {step:,}")
+      at = "at" if parts else "at step"
+      parts.append(f"{marks.sum()} of {marks.size} {at} {step:,}")
   return ", ".join(parts)
 
 

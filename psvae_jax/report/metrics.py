@@ -152,6 +152,7 @@ METRICS: dict[str, Metric] = {
     ".2f",
     "dB",
   ),
+  "edit_loss": Metric("Held-out loss of edits", "", "lower"),
   "latent_mean": Metric(
     "Latent mean", "Magnitude of a channel's mean, averaged over channels."
   ),
@@ -213,7 +214,8 @@ _PARTS = {
   "edit_success_": ("Edit success", "edit_success"),
   "joint_": ("Right", "joint_accuracy_heldout"),
 }
-_AT_TIME = re.compile(r"loss_t(\d.*)")
+_SPREADS = ("kernel_distance_std",)
+_AT_TIME = re.compile(r"(?:edit_)?loss_t(\d.*)")
 
 
 def at_time(name: str) -> str:
@@ -227,7 +229,7 @@ def is_part(name: str) -> bool:
   """Whether a metric is a component of a known one."""
   last = name.rsplit("/", 1)[-1]
   parts = last not in METRICS and last.startswith(tuple(_PARTS))
-  return parts or bool(at_time(name))
+  return parts or bool(at_time(name)) or last in _SPREADS
 
 
 def is_of_edits(name: str) -> bool:
@@ -240,10 +242,13 @@ def describe(name: str) -> Metric:
   *groups, last = name.split("/")
   if groups and groups[-1] in _FAMILIES:
     return Metric(f"{_FAMILIES[groups[-1]]}, {_spaced(last)}")
+  if name == "eval/loss":  # of a generator
+    return Metric("Held-out loss", "Of the velocity, at fixed times.", "lower")
   if last in METRICS:
     return METRICS[last]
   if time := at_time(name):
-    return Metric(f"Loss at t = {time}", "", "lower")
+    kind = "Edit loss" if is_of_edits(name) else "Loss"
+    return Metric(f"{kind} at t = {time}", "", "lower")
   for prefix, (label, _) in _PARTS.items():
     if last.startswith(prefix):
       part = _spaced(last.removeprefix(prefix)).replace("heldout", "held-out")
@@ -262,7 +267,8 @@ def rank(name: str) -> tuple[int, bool, str]:
     parents = [
       p for prefix, (_, p) in _PARTS.items() if last.startswith(prefix)
     ]
-    parents += ["loss"] * bool(at_time(name))
+    if at_time(name):
+      parents.append("edit_loss" if is_of_edits(name) else "loss")
     last = parents[0] if parents else last
   order = list(METRICS)
   return (order.index(last) if last in METRICS else len(order), not known, name)

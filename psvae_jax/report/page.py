@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from psvae_jax.report.style import STYLE
 
+_FEW_COLUMNS = 4  # of a table that a phone can show as it is
+
 
 def text(value: object) -> str:
   """Escapes `value` for element content and quoted attributes.
@@ -95,6 +97,10 @@ def table(
     wrap: let long cells go over several lines.
   """
   style = ' class="wrap"' if wrap else ""
+  # Beside many columns a narrow page has no room for the rows' names.
+  stack = ""
+  if len(head) > _FEW_COLUMNS and not wrap:
+    stack = f' class="stack" style="--columns: {len(head) - 1}"'
 
   def heading(cell: tuple[str, str], scope: str) -> str:
     small = f"<small>{text(cell[1])}</small>" if cell[1] else ""
@@ -111,9 +117,8 @@ def table(
     )
     body.append(f"<tr>{heading(name, 'row')}{values}</tr>")
   return (
-    f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n'
-    + "\n".join(body)
-    + "\n</tbody></table></div>"
+    f'<div class="scroll"><table{stack}>\n<thead><tr>{top}</tr></thead>\n'
+    "<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
   )
 
 
@@ -252,7 +257,7 @@ def picture_table(
   """
 
   def cell(address: str, alt: str, mark: bool | None) -> str:
-    kind, style = (_classes(x, mark is False) for x in (False, pixelated))
+    kind, style = (_classes(p, mark is False) for p in (False, pixelated))
     small = f"<small{kind}>{sign(mark)}</small>" if sign(mark) else ""
     image = f'<img src="{text(address)}" alt="{text(alt)}"{style}>'
     return f"<td>{image}{small}</td>"

@@ -17,7 +17,7 @@ TITLES = {
 }
 # Column → what it is, where the title needs it.
 NOTES = {
-  "ceiling": "what should come out, encoded and decoded",
+  "ceiling": "what should come out, encoded and decoded alone",
   "real": "real images in place of generated ones",
   "copy": "nothing is edited",
   "regenerate": "drawn from the target’s caption, without the source",

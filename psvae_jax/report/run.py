@@ -12,9 +12,10 @@ from psvae_jax.report.data import QUARANTINE_FILE, Run
 from psvae_jax.report.metrics import is_number
 from psvae_jax.report.settings import (
   autoencoder_phrase,
+  autoencoder_settings,
   condition_phrase,
+  generator_settings,
   mapping,
-  settings,
   transformer_phrase,
 )
 
@@ -23,8 +24,10 @@ _MAX_FAULTS = 20  # the file has them all
 
 def run_section(run: Run) -> str:
   """Everything about the job that is not a result."""
+  of = " of the autoencoder" if run.part(generator=True).stages else ""
   parts = [
-    ("Settings", settings(run)),
+    ("Settings of the generator", generator_settings(run)),
+    (f"Settings{of}", autoencoder_settings(run)),
     ("Time", _timings(run)),
     ("Faults", _faults(run)),
   ]

@@ -18,11 +18,25 @@ _PIXEL_WEIGHTS = {"l1": "L1", "mse": "MSE", "perceptual": "perceptual"}
 _SOLVERS = {"euler": "Euler", "heun": "Heun", "midpoint": "midpoint"}
 
 
-def settings(run: Run) -> str:
-  """A table for the autoencoder's stages, and one for the generator's."""
-  return _table(run.part(generator=False).stages, _AUTOENCODER_ROWS) + _table(
-    run.part(generator=True).stages, _GENERATOR_ROWS
-  )
+def autoencoder_settings(run: Run) -> str:
+  """A table of the stages that do not train a generator."""
+  return _table(run.part(generator=False).stages, _AUTOENCODER_ROWS)
+
+
+def generator_settings(run: Run) -> str:
+  """A table of those that do, and whose latents they work on."""
+  table = _table(run.part(generator=True).stages, _GENERATOR_ROWS)
+  stats = run.latent_stats
+  found = [
+    f"latent space {stats['fingerprint']}"
+    if isinstance(stats.get("fingerprint"), str)
+    else "",
+    f"normalised by mean and standard deviation of {stats['count']:,} images"
+    if is_number(stats.get("count"))
+    else "",
+  ]
+  words = ", ".join(filter(None, found))
+  return table + page.note(f"Latents: {words}." if table and words else "")
 
 
 def autoencoder_phrase(model: Mapping[str, Any]) -> str:
@@ -164,7 +178,7 @@ def _time(stage: Stage) -> str:
   )
   if not (is_number(mean) and is_number(std)):
     return ""
-  words = f"logit-normal ({mean:g}, {std:g})".replace("-", "−")
+  words = f"logit-normal ({mean:g}, {std:g})"
   if is_number(shift):
     words += f", shift {shift:g}" if shift else ", shift by latent size"
   return words

@@ -113,7 +113,8 @@ table.grid { min-width: 0; width: 100%; table-layout: fixed;
 .grid thead th { font-weight: 400; }
 .grid img { display: block; width: 100%; height: auto; border-radius: 3px;
   background: var(--rule); }
-.grid small { display: block; }
+.grid img.bad { outline-offset: -2px; }
+.grid small { display: block; margin: 0.2rem 0 0.1rem; font-size: inherit; }
 .pixelated { image-rendering: pixelated; }
 details { margin: 1.25rem 0; }
 details > .cards { margin-top: 0.75rem; }
@@ -127,6 +128,14 @@ pre { overflow-x: auto; margin: 0.75rem 0; padding: 0.9rem 1rem;
   th, td { padding-left: 0.7rem; }
   th { white-space: normal; }
   td.wrap { min-width: 6rem; }
+  .stack, .stack thead, .stack tbody { display: block; }
+  .stack tr { display: grid; padding: 0.4rem 0;
+    grid-template-columns: repeat(var(--columns), minmax(3.6rem, 1fr));
+    border-bottom: 1px solid var(--rule); }
+  .stack th, .stack td { padding: 0.1rem 0 0.1rem 0.4rem; border: 0; }
+  .stack th:first-child { grid-column: 1 / -1; padding-left: 0; }
+  .stack thead th:first-child { display: none; }
+  .stack thead th { align-self: end; font-size: 0.85rem; }
   .tiles { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
   .tile b { font-size: 1.45rem; }
   .strip { gap: 0.25rem; }

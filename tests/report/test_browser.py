@@ -4,6 +4,7 @@ import browser
 import numpy as np
 import PIL.Image
 import pytest
+from generator_workdirs import add_generator
 from workdirs import make_adversarial_run
 
 from psvae_jax.report import write_report
@@ -55,8 +56,17 @@ def open_page(tab, path, width, **settings):
   tab.evaluate(_UNFOLD)
 
 
+@pytest.fixture(scope="module")
+def generator_report(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("generator")
+  add_generator(make_adversarial_run(folder / "run"))
+  return write_report(folder / "run")
+
+
 @pytest.mark.parametrize("width", [1280, 390, 320])
-def test_everything_shows_and_nothing_overflows(tab, report, width):
+@pytest.mark.parametrize("name", ["report", "generator_report"])
+def test_everything_shows_and_nothing_overflows(tab, request, name, width):
+  report = request.getfixturevalue(name)
   open_page(tab, report, width)
   assert tab.evaluate("innerWidth") == width
   pictures = tab.evaluate(_PICTURES)
@@ -81,6 +91,31 @@ def test_tables_of_two_stages_fit_a_phone(tab, report):
     ".map(box => box.textContent)"
   )
   assert hidden == []
+
+
+def test_tables_of_a_generator_fit_a_phone(tab, generator_report):
+  open_page(tab, generator_report, 390)
+  assert tab.evaluate("document.querySelectorAll('.stack').length") > 2
+  boxes = tab.evaluate(
+    "[...document.querySelectorAll('#results .scroll, #generated .scroll')]"
+    ".map(box => box.scrollWidth - box.clientWidth)"
+  )
+  assert boxes and max(boxes) <= 0
+  # A row's name stands over its figures, and every title over its own.
+  assert tab.evaluate(
+    "[...document.querySelectorAll('.stack tbody tr')].every(row =>"
+    " row.querySelector('th').getBoundingClientRect().bottom <="
+    " row.querySelector('td').getBoundingClientRect().bottom)"
+  )
+  misplaced = tab.evaluate(
+    "[...document.querySelectorAll('.stack')].flatMap(table =>"
+    " [...table.querySelectorAll('tbody tr')].flatMap(row =>"
+    " [...row.querySelectorAll('td')].filter((cell, i) => Math.abs("
+    " cell.getBoundingClientRect().right - table.querySelectorAll("
+    " 'thead th')[i + 1].getBoundingClientRect().right) > 1)"
+    " .map(cell => row.textContent)))"
+  )
+  assert misplaced == []
 
 
 def test_it_follows_the_dark_mode(tab, tmp_path):
