@@ -1,5 +1,6 @@
 """The generator's evaluation, on generators whose figures are known."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -302,9 +303,9 @@ def test_photographs(photos, tmp_path):
 
 
 def test_classes_are_drawn_in_turn():
-  config = make_config(
-    dict(source="bundled"), dict(condition="class", num_classes=4)
-  )
+  config = make_config(dict(source="bundled"))
+  model = dataclasses.replace(config.model, condition="class", num_classes=4)
+  config = dataclasses.replace(config, model=model)
   asked = prompts.make(config, 48)
   assert set(asked.texts) <= set(range(4))
   assert not asked.captioned and asked.specs is None
