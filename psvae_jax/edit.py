@@ -126,7 +126,7 @@ def edit(
   paths = contact_sheet.file_names(names, folder)
   for path, image in zip(paths[:-1], made, strict=True):
     Image.fromarray(image).save(path)
-  captions = ["source", *(f"{text} · {seed + n}" for n in range(num))]
+  captions = ["source", *(f"{text} · seed {seed + n}" for n in range(num))]
   columns = min(num + 1, 6)
   sheet = contact_sheet.draw([source, *made], captions, columns)
   sheet.save(paths[-1])

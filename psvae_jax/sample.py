@@ -199,7 +199,7 @@ def sample(
       Image.fromarray(image).save(path)
     images += list(made)
   captions = [
-    f"{prompt or '(no prompt)'} · {number}" for prompt, number in jobs
+    f"{prompt or '(no prompt)'} · seed {number}" for prompt, number in jobs
   ]
   columns = min(num, 8) if num > 1 and len(prompts) > 1 else None
   (sheet,) = contact_sheet.file_names(["contact sheet"], folder)

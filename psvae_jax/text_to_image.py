@@ -262,6 +262,7 @@ class TextToImage:
 
 def _warn_of_long(prompts: list[str], tokenizer: Tokenizer) -> None:
   """Says which prompts are cut, and what is left of them."""
+  prompts = list(dict.fromkeys(prompts))
   tokens, mask = tokenizer(prompts)
   full = [i for i in range(len(prompts)) if mask[i].all()]
   if not full:
@@ -274,8 +275,8 @@ def _warn_of_long(prompts: list[str], tokenizer: Tokenizer) -> None:
     shown = prompts[i][:_SHOWN] + "…" * (len(prompts[i]) > _SHOWN)
     (kept,) = tokenizer.decode(tokens[i : i + 1])
     warnings.warn(
-      f"prompt {i} ({shown!r}) has {length} tokens and this generator reads "
-      f"{tokenizer.max_length}: it is cut to {kept!r}",
+      f"the prompt {shown!r} has {length} tokens, of which this generator "
+      f"reads {tokenizer.max_length}: it is cut to {kept.strip()!r}",
       stacklevel=4,
     )
 

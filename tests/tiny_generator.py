@@ -1,6 +1,7 @@
-"""A tiny generator with random parameters, without a task or training."""
+"""A tiny generator with random parameters, without training."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,25 @@ import numpy as np
 import tiny
 import tiny_autoencoder
 
-from psvae_jax.config import DiTConfig, GeneratorModel
+from psvae_jax import checkpoint
+from psvae_jax.config import (
+  CheckpointConfig,
+  DiTConfig,
+  GeneratorModel,
+  SampleConfig,
+)
+from psvae_jax.config import parser as config_parser
+from psvae_jax.latent_stats import LatentStats
 from psvae_jax.models import generator as generator_lib
+from psvae_jax.pretrained.encoder import load_encoder
 from psvae_jax.pretrained.text import TextEncoder, load_text_encoder
+from psvae_jax.psvae import PSVAE
+from psvae_jax.saved_generator import SavedGenerator
+from psvae_jax.tasks import autoencoder as autoencoder_lib
+from psvae_jax.tasks import generator as task_lib
 from psvae_jax.tasks.generator import EMBEDDED_TEXT_ENCODER
+from psvae_jax.tasks.latent_data import STATS_FILE
+from psvae_jax.writers import write_json_atomic
 
 DIT = DiTConfig(
   width=16, depth=2, num_heads=2, head_width=16, head_depth=1, head_num_heads=2
@@ -77,3 +93,86 @@ def build(encoder_folder: Path, num_classes: int = 0) -> TinyGenerator:
     frozen["null"] = {"text": text, "text_mask": mask}
   params = tiny.randomise(jax.jit(generator.init)(jax.random.key(0)))
   return TinyGenerator(generator, params, frozen, text_encoder)
+
+
+SAMPLE = SampleConfig(steps=3, guidance=2.0, image_guidance=1.5, shift=2.0)
+
+
+def autoencoder(encoder_folder: Path, seed: int = 0) -> PSVAE:
+  """A `PSVAE` of random parameters; the seed changes the tuned encoder."""
+  base = tiny_autoencoder.build(encoder_folder)
+  described = autoencoder_lib.describe(
+    base.config, load_encoder(encoder_folder)
+  )
+  described = json.loads(json.dumps(described))
+  return PSVAE(
+    base.model,
+    tiny.randomise(base.params, seed, scale=0.05),
+    stage="psvae",
+    fingerprint=autoencoder_lib.fingerprint(described),
+    description=described,
+  )
+
+
+def saved(
+  encoder_folder: Path, stage: str = "edit", num_classes: int = 0
+) -> SavedGenerator:
+  """What a finished stage leaves, in memory."""
+  made, vae = build(encoder_folder, num_classes), autoencoder(encoder_folder)
+  stats = made.frozen["latent_stats"]
+  config = config_parser.parse(job_config(made, stage))
+  description = task_lib.describe(config, vae, made.text_encoder)
+  return SavedGenerator(
+    made.generator,
+    made.params,
+    vae,
+    made.text_encoder,
+    LatentStats(stats["mean"], stats["std"], 10, vae.latent_fingerprint),
+    SAMPLE,
+    stage,
+    task_lib.fingerprint(description),
+    json.loads(json.dumps(description)),
+  )
+
+
+def job_config(made: Any, stage: str, autoencoder: str = "") -> dict[str, Any]:
+  """The raw config of a job that would have made it."""
+  model = dataclasses.asdict(made.generator.config)
+  return dict(
+    stages=(stage,),
+    model=model,
+    sample=dataclasses.asdict(SAMPLE),
+    autoencoder=dict(path=autoencoder),
+  )
+
+
+def write_stage(
+  workdir: Path, generator: SavedGenerator, autoencoder: Path
+) -> None:
+  """What its training job leaves in a workdir: checkpoint, config, stats."""
+  raw = job_config(generator, generator.stage, str(autoencoder))
+  raw = config_parser.with_defaults(raw)
+  folder = workdir / generator.stage
+  folder.mkdir(parents=True)
+  write_json_atomic(folder / "config.json", raw)
+  write_json_atomic(workdir / "config.json", raw)
+  generator.stats.save(workdir / STATS_FILE)
+  state = {
+    "params": {task_lib.DIT: jax.tree.map(np.zeros_like, generator.params)},
+    "ema_params": {task_lib.DIT: generator.params},
+  }
+  checkpointer = checkpoint.Checkpointer(
+    folder / "checkpoints",
+    CheckpointConfig(),
+    generator.fingerprint,
+    generator.description,
+  )
+  checkpointer.save(7, jax.device_put(state), _NoData(), {})
+  checkpointer.close()
+
+
+class _NoData:
+  """A data iterator without a position."""
+
+  def get_state(self):
+    return {}
