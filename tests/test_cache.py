@@ -322,6 +322,18 @@ def test_unfinished_cache_of_another_file_size(tmp_path):
     tiny_cache.write(tmp_path, shard_size=7)
 
 
+def test_file_that_a_crash_of_the_machine_has_cut(tmp_path):
+  """Renamed, but never all on the disk."""
+  tiny_cache.write(tmp_path / "whole")
+  root = tmp_path / "cut"
+  with pytest.raises(Killed):
+    tiny_cache.write(root, barrier=stopped)
+  path = root / "00001-of-00003.arrayrecord"
+  path.write_bytes(path.read_bytes()[:1000])
+  tiny_cache.write(root)
+  assert contents(root) == contents(tmp_path / "whole")
+
+
 def test_files_that_belong_to_nothing(tmp_path):
   tiny_cache.write(tmp_path)
   (tmp_path / cached.MANIFEST_FILE).unlink()
@@ -444,6 +456,24 @@ def test_statistics_stored_or_not(tmp_path, dtype):
     np.testing.assert_array_equal(stored.std, direct.std)
     assert stored.count == direct.count == 23
     assert direct.fingerprint == "auto" and direct.data == source.description
+
+
+def test_bad_records_do_not_count_twice(tmp_path):
+  class Replaced(tiny_cache.Examples):
+    def __getitem__(self, index):
+      return super().__getitem__(9 if index == 5 else index)
+
+  source = tiny_cache.viewed(Replaced(23))
+  kept = [source[i]["image"] for i in range(23) if i != 5]
+  expected = latent_stats.LatentMoments(6)
+  expected.update(tiny_cache.encode_images(np.stack(kept)))
+  direct = cache.measure_stats(source, tiny_cache.encoders(), batch_size=4)
+  stored = latent_stats.measure(
+    tiny_cache.write(tmp_path, source, dtype="float32"), fingerprint="auto"
+  )
+  for stats in (direct, stored):
+    np.testing.assert_array_equal(stats.mean, expected.result("auto").mean)
+    assert stats.count == 22
 
 
 def test_statistics_of_some(tmp_path):

@@ -36,6 +36,15 @@ def test_views_are_fixed_and_differ():
   assert all((images[i] != other[i]["image"]).any() for i in range(5, 15))
 
 
+def test_examples_have_crops_of_their_own():
+  class Same(tiny_cache.Examples):
+    def __getitem__(self, index):
+      return super().__getitem__(0)
+
+  found = viewed(source=Same(6, 100), augment="crop", views=2)
+  assert len({found[i]["image"].tobytes() for i in range(6, 12)}) == 6
+
+
 def test_more_views_begin_with_fewer():
   few, many = (viewed(augment="crop", views=n) for n in (2, 4))
   for i in range(10):
