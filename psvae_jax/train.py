@@ -100,8 +100,10 @@ def run_stage(
     CheckpointError: the workdir holds another model's checkpoints.
   """
   check_shards(config, sharding.batch_shards(mesh))
+  started = time.monotonic()
+  task.prepare(Path(workdir))
   with jax.set_mesh(mesh):
-    run = _Run(task, config, mesh, Path(workdir))
+    run = _Run(task, config, mesh, Path(workdir), started)
     with run.writer, run.progress:
       if run.step < run.settings.steps:
         on_start()
@@ -122,10 +124,15 @@ class _Run:
   """One stage in progress: everything `train` and `finish` share."""
 
   def __init__(
-    self, task: Task, config: Config, mesh: Mesh, workdir: Path
+    self,
+    task: Task,
+    config: Config,
+    mesh: Mesh,
+    workdir: Path,
+    started: float,
   ) -> None:
     """Builds or restores the state, the data position and the jitted step."""
-    self.started = time.monotonic()
+    self.started = started
     self.task, self.config, self.mesh, self.workdir = (
       task,
       config,
@@ -135,7 +142,6 @@ class _Run:
     section = config.sections[task.name]
     self.settings = section.train
     folder, chief = workdir / task.name, jax.process_index() == 0
-    task.prepare(workdir, mesh)
     self.frozen = sharding.put_tree(task.frozen, mesh)
     tx = make_optimizer(task.modules, self.settings.steps)
     # Streams by name: stage, then what the stage draws for.

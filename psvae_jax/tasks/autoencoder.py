@@ -214,7 +214,7 @@ class AutoencoderTask:
     """The adversary's networks; None in a stage without the term."""
     return self._adversary and self._adversary.discriminator
 
-  def prepare(self, workdir: Path, mesh: Any) -> None:
+  def prepare(self, workdir: Path) -> None:
     """Nothing: all there is to this stage is its data."""
 
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:

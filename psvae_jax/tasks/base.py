@@ -76,10 +76,11 @@ class Task(Protocol):
   frozen: Params
   image_size: int
 
-  def prepare(self, workdir: Path, mesh: Mesh) -> None:
+  def prepare(self, workdir: Path) -> None:
     """What must be there before the first step, and takes time to make.
 
-    Called once, when the stage begins or goes on; may add to `frozen`.
+    Called once, when the stage begins or goes on, on every host by itself and
+    outside of any mesh; may add to `frozen`.
     """
 
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:

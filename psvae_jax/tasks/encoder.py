@@ -233,7 +233,7 @@ class EncoderTask:
     self._pooled = jax.jit(self._pooled_fn)
     self._matches = jax.jit(self._matches_fn)
 
-  def prepare(self, workdir: Path, mesh: Any) -> None:
+  def prepare(self, workdir: Path) -> None:
     """Nothing: all there is to this stage is its data."""
 
   def init(self, rng: jax.Array, frozen: Params) -> tuple[Params, Params]:

@@ -11,13 +11,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from psvae_jax import flow
 from psvae_jax.config import Config
@@ -219,19 +221,42 @@ class GeneratorTask:
     loss = jnp.mean(jnp.concatenate(errors))
     return loss, {**metrics, "loss": loss}
 
-  def prepare(self, workdir: Path, mesh: Mesh) -> None:
+  def prepare(self, workdir: Path) -> None:
     """Writes the caches and the latents' statistics, unless they are there.
 
     Raises:
       ValueError: the workdir holds another autoencoder's.
     """
-    del mesh
     self._data = self._latent_data(workdir)
     self.stats = self._data.prepare(PARTS[self.name])
     self.frozen["latent_stats"] = self.stats.arrays
 
   def _latent_data(self, workdir: Path) -> LatentData:
-    return LatentData(self.config, workdir, self.autoencoder, self.text_encoder)
+    return LatentData(
+      self.config,
+      workdir,
+      self.autoencoder,
+      self.text_encoder,
+      self._local_encoder(),
+    )
+
+  def _local_encoder(self) -> Callable[[np.ndarray], jax.Array]:
+    """uint8 images → μ, on this host's devices, as the step would."""
+    size, devices = self.config.eval.batch_size, jax.local_devices()
+    mesh = Mesh(devices[: math.gcd(size, len(devices))], ("data",))
+    encode = jax.jit(
+      lambda params, images: self.generator.posterior_mean(
+        {"autoencoder": params}, images
+      )
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+
+    @functools.cache
+    def params() -> Params:
+      return jax.device_put(self.frozen["autoencoder"], everywhere)
+
+    return lambda images: encode(params(), jax.device_put(images, split))
 
   def train_data(self, workdir: Path) -> TrainData:
     data = self._data or self._latent_data(workdir)

@@ -37,8 +37,9 @@ class LatentData:
   Args:
     config: the job.
     workdir: folder of the experiment.
-    autoencoder: encodes images.
+    autoencoder: what the latents are of.
     text_encoder: encodes text; None for classes.
+    encode: uint8 (B, S, S, 3) → μ (B, h, w, C), B being `eval.batch_size`.
   """
 
   def __init__(
@@ -47,11 +48,13 @@ class LatentData:
     workdir: Path,
     autoencoder: PSVAE,
     text_encoder: TextEncoder | None,
+    encode: cache.EncodeImages,
   ) -> None:
     self._config = config
     self._workdir = Path(workdir)
     self._autoencoder = autoencoder
     self._text_encoder = text_encoder
+    self._encode = encode
     self._cached: dict[str, CachedSource] = {}
 
   @property
@@ -202,7 +205,7 @@ class LatentData:
   def _encoders(self) -> cache.Encoders:
     """What turns examples into records."""
     encoders = cache.Encoders(
-      self._autoencoder.encode, self._autoencoder.latent_fingerprint
+      self._encode, self._autoencoder.latent_fingerprint
     )
     text = self._text_encoder
     if text is None:
