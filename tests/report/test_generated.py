@@ -156,6 +156,7 @@ def test_every_picture_says_whether_it_is_right(text):
   wrong = re.findall(r"<figure.class=.shot.>(.*?)</figure>", text)
   marks = ["✗ wrong" in shot for shot in wrong]
   assert marks == [i % 3 == 1 for i in range(NUM_IMAGES)] * 2
+  assert ['class="pixelated bad"' in shot for shot in wrong] == marks
   assert [">✓ <" in shot for shot in wrong] == [not mark for mark in marks]
   assert "4 of 6 (67 %) are right" in text
   # 4 captions at 4 steps, the last being the evaluation's.
