@@ -126,15 +126,12 @@ class PSVAE:
   def latent_fingerprint(self) -> str:
     """Names the latent space: a generator fits this autoencoder, or not.
 
-    SHA-256 (16 hex digits) over `fingerprint` and the bytes of E's and the
-    semantic encoder's parameters. Pixel and semantic decoder do not matter. A
-    rounded export has that of the parameters it was made from.
+    See the function of this name. A rounded export has that of the parameters
+    it was made from.
     """
     if self._latent_fingerprint is not None:
       return self._latent_fingerprint
-    makers = {name: self._params[name] for name in (_E, "semantic_encoder")}
-    content = f"{self.fingerprint}\n{files.fingerprint_params(makers)}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return latent_fingerprint(self.fingerprint, self._params)
 
   @property
   def image_size(self) -> int:
@@ -253,6 +250,22 @@ class PSVAE:
         f"{wanted[2]}), got {z.shape}"
       )
     return z.astype(np.float32)
+
+
+def latent_fingerprint(fingerprint: str, params: dict[str, Any]) -> str:
+  """Names the latent space of an autoencoder.
+
+  Args:
+    fingerprint: of the model, as its checkpoints carry it.
+    params: module → parameters. E and the semantic encoder count; pixel and
+      semantic decoder do not matter.
+
+  Returns:
+    16 hex digits of a SHA-256.
+  """
+  makers = {name: params[name] for name in (_E, "semantic_encoder")}
+  content = f"{fingerprint}\n{files.fingerprint_params(makers)}"
+  return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def stages_with_checkpoints(workdir: str | os.PathLike) -> list[str]:
