@@ -26,7 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from psvae_jax.config import ComputeConfig, Config, ConfigError
+from psvae_jax.config import (
+  STAGES,
+  AutoencoderModel,
+  ComputeConfig,
+  ConfigError,
+)
 from psvae_jax.config import parser as config_parser
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.models.vit import ViT
@@ -120,18 +125,35 @@ def fingerprint_of(description: Mapping[str, Any]) -> str:
   return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def parse_job(
-  raw: Mapping[str, Any], path: Path, sections: tuple[str, ...] = ()
-) -> Config:
-  """The typed view of an exported config: model, compute and `sections`.
+def parse_sections(
+  raw: Mapping[str, Any], path: Path, kinds: Mapping[str, type]
+) -> dict[str, Any]:
+  """The typed view of sections of an exported config.
+
+  Args:
+    raw: the config.
+    path: its file, for messages.
+    kinds: section → its dataclass; "model" decides which stages there are.
 
   Raises:
-    ValueError: a field that does not exist or has a bad value.
+    ValueError: a field that does not exist or has a bad value, or a stage that
+      makes no such model.
   """
-  names = ("model", "compute", *sections)
-  job = {name: field(raw, name, dict, path) for name in names}
+  stage = field(raw, "stage", str, path)
+  stages = [
+    name for name, (kind, _) in STAGES.items() if kind is kinds["model"]
+  ]
+  if stage not in stages:
+    raise ValueError(
+      f"{path}: stage is {stage!r}, not one of {', '.join(stages)}"
+    )
   try:
-    return config_parser.parse({"stages": (raw.get("stage"),), **job})
+    return {
+      name: config_parser.parse_section(
+        kind, field(raw, name, dict, path), name
+      )
+      for name, kind in kinds.items()
+    }
   except ConfigError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -265,19 +287,20 @@ def load_autoencoder(
       f"{stage!r}"
     )
   field(raw, "latent_fingerprint", str, path)
-  job = parse_job(raw, path)
+  kinds = {"model": AutoencoderModel, "compute": ComputeConfig}
+  config, compute = parse_sections(raw, path, kinds).values()
   architecture = field(raw, "encoder", dict, path)
   encoder = ViT(
     dinov2.parse_config(architecture, path),
-    final_norm=job.model.final_norm,
-    unroll=job.compute.unroll,
-    dtype=jnp.dtype(job.compute.dtype),
+    final_norm=config.final_norm,
+    unroll=compute.unroll,
+    dtype=jnp.dtype(compute.dtype),
   )
   preprocessing = field(raw, "preprocessing", dict, path)
   mean, std = (
     tuple(field(preprocessing, name, list, path)) for name in ("mean", "std")
   )
-  model = model_lib.build(job.model, job.compute, encoder, mean, std)
+  model = model_lib.build(config, compute, encoder, mean, std)
   shapes = _abstract_params(model)
   params = {
     name: read_part(folder, name, shapes[name]) for name in model_lib.MODULES

@@ -176,16 +176,21 @@ def _load_exported(
       f"{folder} was exported from stage {raw.get('stage')!r}; it has no stage "
       f"{stage!r}"
     )
-  job = exported.parse_job(raw, path, ("sample",))
+  kinds = {
+    "model": GeneratorModel,
+    "compute": ComputeConfig,
+    "sample": SampleConfig,
+  }
+  model, compute, sample = exported.parse_sections(raw, path, kinds).values()
   vae = PSVAE.from_pretrained(autoencoder or folder)
   text_folder = None
-  if job.model.condition == "text":
+  if model.condition == "text":
     name = exported.field(raw, "text_encoder", str, path)
     local = folder / name
     text_folder = local if local.is_dir() else name
     if name == exported.EMBEDDED:
       text_folder = task_lib.EMBEDDED_TEXT_ENCODER
-  text_encoder, generator = _build(job.model, job.compute, vae, text_folder)
+  text_encoder, generator = _build(model, compute, vae, text_folder)
   stats = LatentStats.load(folder / STATS_FILE, vae.latent_fingerprint)
   _check_parts(folder, raw["description"], vae, text_encoder)
   params = exported.read_part(folder, task_lib.DIT, _param_shapes(generator))
@@ -195,7 +200,7 @@ def _load_exported(
     vae,
     text_encoder,
     stats,
-    job.sample,
+    sample,
     raw["stage"],
     raw["fingerprint"],
     raw["description"],

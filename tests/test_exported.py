@@ -110,7 +110,7 @@ def change(folder, **fields):
     ({"encoder": None}, "'encoder' is missing"),
     ({"preprocessing": {"mean": [0, 0, 0]}}, "'std' is missing"),
     ({"compute": {"dtype": "int8"}}, "config.compute.dtype='int8' is unknown"),
-    ({"stage": "pvsae"}, "unknown stage 'pvsae'.*did you mean 'psvae'"),
+    ({"stage": "t2i"}, "stage is 't2i', not one of svae, psvae"),
   ],
 )
 def test_a_damaged_config_is_named(copy, fields, message):

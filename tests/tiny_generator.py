@@ -13,6 +13,7 @@ import tiny_autoencoder
 from psvae_jax import checkpoint
 from psvae_jax.config import (
   CheckpointConfig,
+  Config,
   DiTConfig,
   GeneratorModel,
   SampleConfig,
@@ -120,7 +121,7 @@ def saved(
   """What a finished stage leaves, in memory."""
   made, vae = build(encoder_folder, num_classes), autoencoder(encoder_folder)
   stats = made.frozen["latent_stats"]
-  config = config_parser.parse(job_config(made, stage))
+  config = Config(stages=(stage,), sections={}, model=made.generator.config)
   description = task_lib.describe(config, vae, made.text_encoder)
   return SavedGenerator(
     made.generator,

@@ -291,6 +291,23 @@ def _read(text: str, kind: Any) -> Any:
     return text
 
 
+def parse_section(kind: type, values: Mapping[str, Any], path: str) -> Any:
+  """One section by itself, without a job around it.
+
+  Args:
+    kind: its dataclass.
+    values: its fields; what is left out takes its default.
+    path: its name below "config", for messages.
+
+  Raises:
+    ConfigError: unknown field, wrong type, or a value out of its range.
+  """
+  built = _build(kind, values, path)
+  for name, value, default in config_checks.leaves(built, path):
+    config_checks.check_field(name, value, default)
+  return built
+
+
 def parse(config: Mapping[str, Any]) -> Config:
   """Turns a raw config into the typed view, or raises `ConfigError`.
 
