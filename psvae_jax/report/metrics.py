@@ -251,7 +251,9 @@ def describe(name: str) -> Metric:
     return Metric(f"{kind} at t = {time}", "", "lower")
   for prefix, (label, _) in _PARTS.items():
     if last.startswith(prefix):
-      part = _spaced(last.removeprefix(prefix)).replace("heldout", "held-out")
+      part = _spaced(last.removeprefix(prefix)).replace(
+        " heldout", ", held-out"
+      )
       return Metric(f"{label}, {part}", "", "higher", "%")
   return Metric(name)
 

@@ -307,7 +307,7 @@ def test_endings_name_a_reference():
 
 def test_parts_of_a_generators_figures_have_names():
   for name, label in {
-    "eval/joint_colour_heldout": "Right, colour held-out",
+    "eval/joint_colour_heldout": "Right, colour, held-out",
     "eval/edit_success_recolour": "Edit success, recolour",
     "eval/loss_t0.9": "Loss at t = 0.9",
     "eval/edit_loss_t0.1": "Edit loss at t = 0.1",
