@@ -184,7 +184,6 @@ def sample(
   if pipe.saved.text_encoder is None:
     conditions = [_label(prompt) for prompt in prompts]
   conditions = [c for c in conditions for _ in range(num)]
-  folder.mkdir(parents=True, exist_ok=True)
   digits = len(str(len(prompts) - 1)) if len(prompts) > 1 else 0
   names = []
   for i, (prompt, number) in enumerate(jobs):
@@ -195,6 +194,7 @@ def sample(
     part = slice(start, start + _CHUNK)
     seeds = [number for _, number in jobs[part]]
     made = pipe(conditions[part], seed=seeds, **settings)
+    folder.mkdir(parents=True, exist_ok=True)
     for path, image in zip(paths[part], made, strict=True):
       Image.fromarray(image).save(path)
     images += list(made)

@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import tiny
 import tiny_generator
+from tiny_generator import export_autoencoder as write
 
 import psvae_jax
 from psvae_jax import exported
@@ -21,18 +22,6 @@ from psvae_jax.psvae import PSVAE
 def vae(tmp_path_factory):
   encoder = tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
   return tiny_generator.autoencoder(encoder)
-
-
-def write(vae, folder, dtype="float32"):
-  identity = {
-    name: getattr(vae, name)
-    for name in ("stage", "fingerprint", "description", "latent_fingerprint")
-  }
-  with exported.new_folder(folder) as partial:
-    exported.save_autoencoder(
-      partial, vae.model, vae.params, identity, dtype=dtype
-    )
-  return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_generator
-from test_exported import write
+from tiny_generator import export_autoencoder as write
 
 import psvae_jax
 from psvae_jax import exported, saved_generator
@@ -214,7 +214,6 @@ def test_strength(pipe):
 
 def test_a_class_conditional_generator(encoder, tmp_path):
   generator = tiny_generator.saved(encoder, "t2i", num_classes=3)
-  (tmp_path / "autoencoder").mkdir()
   write(generator.autoencoder, tmp_path / "autoencoder")
   saved_generator.save(tmp_path, generator, autoencoder="autoencoder")
   pipe = TextToImage.from_pretrained(tmp_path)

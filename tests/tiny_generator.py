@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 import tiny_autoencoder
 
-from psvae_jax import checkpoint
+from psvae_jax import checkpoint, exported
 from psvae_jax.config import (
   CheckpointConfig,
   Config,
@@ -113,6 +113,21 @@ def autoencoder(encoder_folder: Path, seed: int = 0) -> PSVAE:
     fingerprint=autoencoder_lib.fingerprint(described),
     description=described,
   )
+
+
+def export_autoencoder(
+  vae: PSVAE, folder: Path, dtype: str = "float32"
+) -> Path:
+  """Writes it as an exported folder."""
+  identity = {
+    name: getattr(vae, name)
+    for name in ("stage", "fingerprint", "description", "latent_fingerprint")
+  }
+  with exported.new_folder(folder) as partial:
+    exported.save_autoencoder(
+      partial, vae.model, vae.params, identity, dtype=dtype
+    )
+  return folder
 
 
 def saved(
