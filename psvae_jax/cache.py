@@ -143,7 +143,11 @@ def write_cache(
   chief = process_index == 0
   with _only_writer(root, enabled=chief), _disk_full_explained(root):
     shards = _Shards(root, len(source), shard_size)
-    _claim(root, spec, shard_size)
+    if chief:
+      _claim(root, spec, shard_size)
+    if process_count > 1:
+      barrier()
+    _check_claim(root, spec, shard_size)
     own = range(process_index, shards.count, process_count)
     missing = [k for k in own if not shards.is_complete(k)]
     batches = _Batches(source, shards, missing, batch_size)
@@ -423,18 +427,28 @@ def _rounded(
 
 
 def _claim(root: Path, spec: cached_lib.CacheSpec, shard_size: int) -> None:
-  """Says in the folder what is being written there, or checks what was."""
+  """Says in the folder what is being written there, if nothing does yet."""
   path = root / UNFINISHED_FILE
-  plan = {"spec": spec.to_json(), "shard_size": shard_size}
-  if not path.is_file():
-    if any(root.glob("*.arrayrecord")):
-      raise cached_lib.CacheError(
-        f"{root} holds files of a cache, but neither "
-        f"{cached_lib.MANIFEST_FILE} nor {UNFINISHED_FILE} says of what: "
-        + cached_lib.remedy(root)
-      )
-    files.write_json(path, plan)
+  if path.is_file():
     return
+  if any(root.glob("*.arrayrecord")):
+    raise cached_lib.CacheError(
+      f"{root} holds files of a cache, but neither {cached_lib.MANIFEST_FILE} "
+      f"nor {UNFINISHED_FILE} says of what: {cached_lib.remedy(root)}"
+    )
+  files.write_json(path, {"spec": spec.to_json(), "shard_size": shard_size})
+
+
+def _check_claim(
+  root: Path, spec: cached_lib.CacheSpec, shard_size: int
+) -> None:
+  """Refuses to go on with a cache of something else."""
+  path = root / UNFINISHED_FILE
+  if not path.is_file():
+    raise cached_lib.CacheError(
+      f"{path}, which the first host has written, is missing: all hosts must "
+      f"see the same folder {root}; choose another cache.root"
+    )
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
     found_size, found_spec = int(found["shard_size"]), dict(found["spec"])

@@ -153,28 +153,33 @@ def test_encoders_see_one_batch_size(tmp_path):
 
 def test_two_hosts_write_one_cache(tmp_path):
   tiny_cache.write(tmp_path / "alone")
-  barrier, found = threading.Barrier(2, timeout=60), {}
+  root, barrier, found = tmp_path / "both", threading.Barrier(2, timeout=30), {}
 
-  def host(index):
-    found[index] = tiny_cache.write(
-      tmp_path / "both",
-      process_index=index,
-      process_count=2,
-      barrier=barrier.wait,
-    )
+  def host(index, wait=barrier.wait):
+    options = {"process_index": index, "process_count": 2, "barrier": wait}
+    found[index] = tiny_cache.write(root, **options)
 
-  hosts = [threading.Thread(target=host, args=(i,)) for i in range(2)]
-  for thread in hosts:
-    thread.start()
-  for thread in hosts:
-    thread.join()
-  assert contents(tmp_path / "alone") == contents(tmp_path / "both")
+  first = threading.Thread(target=host, args=(0,))
+
+  def late():
+    """The second host has come this far before the first one starts."""
+    if first.ident is None:
+      assert not list(root.iterdir()), "only the first host says what it is"
+      first.start()
+    barrier.wait()
+
+  host(1, late)
+  first.join()
+  assert contents(tmp_path / "alone") == contents(root)
   assert len(found[0]) == len(found[1]) == 23
 
 
 def test_host_that_does_not_share_the_folder(tmp_path):
   with pytest.raises(cached.CacheError, match="00001-of-00003.* same folder"):
-    tiny_cache.write(tmp_path, process_index=0, process_count=2)
+    tiny_cache.write(tmp_path / "first", process_index=0, process_count=2)
+  # The other host says so before it has encoded anything.
+  with pytest.raises(cached.CacheError, match="first host has written, is mis"):
+    tiny_cache.write(tmp_path / "other", process_index=1, process_count=2)
 
 
 class Killed(BaseException):
