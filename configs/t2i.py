@@ -18,7 +18,9 @@ Variants
           paper's own generator is Qwen2.5-0.5B with a DDT head and reaches
           GenEval 76.6.
 "1.7B"    the same with the paper's larger budget (its figure 10).
-"class"   ImageNet's 1000 classes in place of text, RAE's schedule.
+"class"   ImageNet's 1000 classes in place of text, RAE's schedule. Other data
+          with classes, a builder or a folder with one sub-folder a class, want
+          their number in --config.model.num_classes=….
 
 Options, of every variant
 size=tiny|B|L|XL|0.65B|1.7B   the DiT.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from psvae_jax import checkpoint as ckpt
 from psvae_jax import sharding, train_state
-from psvae_jax.config import STAGES, Config
+from psvae_jax.config import STAGES, Config, GeneratorModel
 from psvae_jax.data import pipeline, sources
 from psvae_jax.tasks.base import Task
 from psvae_jax.tasks.data import quarantine_file
@@ -102,12 +102,15 @@ def check_data(task: Task, config: Config, workdir: Path) -> None:
 
   Raises:
     FileNotFoundError: a folder is missing or empty.
-    ValueError: a split has no images.
+    ValueError: a split has no images, or not the classes that are wanted.
   """
-  for split in ("train", "validation"):
-    sources.make_source(
-      config.data, split, task.image_size, quarantine_file(workdir)
-    )
+  model, settings = config.model, (task.image_size, quarantine_file(workdir))
+  for split in sources.SPLITS:
+    source = sources.make_source(config.data, split, *settings)
+    if isinstance(model, GeneratorModel) and model.condition == "class":
+      sources.check_classes(source, model.num_classes)
+    if "edit" in config.stages:
+      sources.make_edit_source(config.data, split, *settings)
 
 
 def index(stage: str) -> int:

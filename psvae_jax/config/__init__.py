@@ -40,8 +40,11 @@ class DataConfig:
     root: folder of training images (`folder`), or TensorFlow Datasets'
       data_dir (`tfds`; "" is its default, ~/tensorflow_datasets).
     eval_root: folder of validation images; "" holds out 5 % of `root`.
-    num_train: training examples; 0 takes all there are.
-    num_eval: validation examples; 0 takes all there are.
+    edits: folder of instruction edits for stage "edit", see
+      `data.edit_folder`; `scenes` have their own.
+    eval_edits: folder of validation edits; "" holds out 5 % of `edits`.
+    num_train: training examples (and as many edits); 0 takes all there are.
+    num_eval: validation examples (and as many edits); 0 takes all there are.
     builder: name of the builder, e.g. "imagenet2012" (`tfds` only).
     split, eval_split: its training and validation split (`tfds` only).
     max_bad_share: share of a split's records that may be unreadable. Those are
@@ -60,6 +63,8 @@ class DataConfig:
   source: str = "scenes"
   root: str = ""
   eval_root: str = ""
+  edits: str = ""
+  eval_edits: str = ""
   num_train: int = 0
   num_eval: int = 0
   builder: str = ""
@@ -304,7 +309,8 @@ class GeneratorModel:
     text_encoder: Hub id or folder of a T5 encoder; "" is the embedded
       miniature ("text" only).
     text_length: tokens a prompt is cut or padded to ("text" only).
-    num_classes: labels, without the null one ("class" only).
+    num_classes: labels, without the null one ("class" only); at least those
+      of the data.
   """
 
   condition: str = "text"

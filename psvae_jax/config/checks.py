@@ -419,10 +419,13 @@ def _check_generator(config: Config) -> None:
       f"config.model.text_encoder={model.text_encoder!r} is for config.model."
       "condition='text', not 'class'"
     )
-  if model.condition == "class" and config.data.source != "tfds":
+  if model.condition == "class" and config.data.source not in (
+    "tfds",
+    "folder",
+  ):
     raise ConfigError(
       "config.model.condition='class' needs a data set with classes, config."
-      f"data.source='tfds', not {config.data.source!r}"
+      f"data.source='tfds' or 'folder', not {config.data.source!r}"
     )
 
 
@@ -451,10 +454,36 @@ def edit_rows(section: GeneratorStage) -> int:
   return round(section.loss.edit_share * section.train.batch_size)
 
 
+def _check_edit_folders(config: Config) -> None:
+  data = config.data
+  if data.edits and data.source == "scenes":
+    raise ConfigError(
+      f"config.data.edits={data.edits!r} is not for config.data.source="
+      "'scenes', which have edits of their own; e.g. 'folder'"
+    )
+  if data.eval_edits and not data.edits:
+    raise ConfigError(
+      f"config.data.eval_edits={data.eval_edits!r} needs edits to train on: "
+      "pass --config.data.edits=FOLDER"
+    )
+  same = os.path.realpath(data.edits) == os.path.realpath(data.eval_edits)
+  if data.eval_edits and same:
+    raise ConfigError(
+      f"config.data.eval_edits={data.eval_edits!r} is the training folder: "
+      "edits trained on say nothing. Leave it out to hold out 5 % of "
+      "config.data.edits"
+    )
+
+
 def _check_edits(config: Config) -> None:
   section = config.sections.get("edit")
   if section is None:
     return
+  if config.data.source != "scenes" and not config.data.edits:
+    raise ConfigError(
+      "config.stages has 'edit', and config.data.source="
+      f"{config.data.source!r} has no edits: pass --config.data.edits=FOLDER"
+    )
   batch, share = section.train.batch_size, section.loss.edit_share
   if config.model.condition != "text":
     raise ConfigError(
@@ -478,6 +507,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_adversary,
   _check_vision,
   _check_generator,
+  _check_edit_folders,
   _check_edits,
   _check_views,
   _check_guidance,

@@ -5,15 +5,17 @@ Three layouts, those of Hugging Face's `imagefolder`:
 * a `metadata.jsonl` or `metadata.csv` with a `file_name` column, and a caption
   in `text` or `caption`. It lists the examples of its folder and of all
   folders below that have no metadata of their own; other images there are left
-  out, and a file named twice (with two captions) is two examples;
+  out, and a file named twice (with two captions) is two examples. A column
+  `label` holds classes, as numbers or by name;
 * one sub-folder a class, without metadata: `root/tabby_cat/1.jpg`. The caption
-  is the folder's name with spaces for underscores;
+  is the folder's name with spaces for underscores, and the class its place
+  among the folders' sorted names;
 * images anywhere below the root, without captions.
 
 Examples are sorted by the bytes of their relative path, so that a data set
 has the same order on every machine. Names starting with a dot are ignored.
-Paths and captions are kept as packed bytes, not as Python objects: 16 bytes an
-example beside the text itself.
+Paths, captions and classes are kept as packed bytes, not as Python objects: 8
+bytes an example beside the text itself, for each that there is.
 
 A metadata row that cannot be used is an example too, whose reading fails: its
 place in the order does not depend on what is wrong with it. A row that cannot
@@ -22,46 +24,50 @@ even be read goes by the name of its file and line.
 
 import array
 import bisect
+import copy
 import heapq
 import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from psvae_jax.data import images, quarantine
-from psvae_jax.data.folder_metadata import METADATA_FILES, Caption, Metadata
+from psvae_jax.data.class_labels import ClassLabels
+from psvae_jax.data.folder_metadata import (
+  METADATA_FILES,
+  Form,
+  Metadata,
+  Texts,
+  caption_form,
+)
+
+# An example: its path, and what is known of it.
+Example = tuple[str, Texts]
 
 
-class FolderSource:
-  """Images and captions of a folder; see the module's docstring.
-
-  An element is {"image": uint8 (H, W, 3) of any size, "caption": str ("" if
-  there is none), "index": np.int64, "path": str relative to the root}.
+class FolderListing:
+  """The examples of a folder in order, without their images.
 
   Attributes:
     root: the folder.
-    captions: as given.
     faults: index → fault of the examples that metadata cannot describe.
   """
 
   def __init__(
     self,
     root: str | os.PathLike[str],
-    *,
-    captions: str = "auto",
-    max_pixels: int = images.MAX_PIXELS,
-    gone: Iterable[str] = (),
+    form: Form,
+    max_pixels: int,
+    gone: Iterable[str],
   ):
     """Lists the folder; no image is opened.
 
     Args:
       root: the folder.
-      captions: "auto" (metadata if there is any, else class folders, else
-        none), "none", "folder" (the name of each image's own folder), or the
-        name of a metadata column, which every row must then have.
+      form: what metadata rows are to say.
       max_pixels: larger images are refused when they are read.
       gone: paths that were images of this folder once. Where they are missing
         now, they keep their places as examples that cannot be read.
@@ -72,13 +78,12 @@ class FolderSource:
         be used (the message says file:line).
     """
     self.root = os.fspath(root)
-    self.captions = captions
     self._max_pixels = max_pixels
     if not os.path.isdir(self.root):
       raise FileNotFoundError(
         f"Image folder {self.root!r} does not exist or is not a folder."
       )
-    scan = _Scan(self.root, captions)
+    scan = Scan(self.root, form)
     self._pack(scan.examples())
     self._insert(scan.missing)
     self._insert(list(self._still_gone(gone)))
@@ -93,52 +98,16 @@ class FolderSource:
         f"None of the {len(self)} examples of {self.root!r} can be used: "
         + self.faults[0].cause
       )
-    if scan.unlisted:
-      logging.warning(
-        "%s: left out %d images that no metadata row lists.",
-        self.root,
-        scan.unlisted,
-      )
-    if captions not in ("auto", "none", "folder") and not scan.has_metadata:
-      raise ValueError(
-        f"captions={captions!r} is a metadata column, but {self.root!r} has "
-        "neither " + " nor ".join(METADATA_FILES) + "."
-      )
-    self._folder_captions = captions == "folder" or (
-      captions == "auto" and scan.is_class_layout
-    )
+    self._note(scan)
+
+  def _note(self, scan: "Scan") -> None:
+    """Keeps what else the walk has found."""
 
   def __len__(self) -> int:
     return len(self._paths)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Reads and decodes one image.
-
-    Raises:
-      IndexError: there is no such example.
-      quarantine.CaptionError: its caption is broken.
-      ValueError, OSError: its image is; the message names the file.
-    """
-    path = self.path(index)
-    fault = self.faults.get(index)
-    if fault is not None:
-      is_caption = fault.kind == "caption"
-      raise (quarantine.CaptionError if is_caption else ValueError)(fault.cause)
-    image = images.decode_image(
-      os.path.join(self.root, path), max_pixels=self._max_pixels
-    )
-    return {
-      "image": image,
-      "caption": self.caption(index),
-      "index": np.int64(index),
-      "path": path,
-    }
-
   def __repr__(self) -> str:
-    return (
-      f"FolderSource(root={self.root!r}, captions={self.captions!r}, "
-      f"length={len(self)})"
-    )
+    return f"{type(self).__name__}(root={self.root!r}, length={len(self)})"
 
   @property
   def name(self) -> str:
@@ -153,35 +122,49 @@ class FolderSource:
     """Path of one example relative to the root, with forward slashes."""
     return self._paths[index]
 
-  def caption(self, index: int) -> str:
-    """Caption of one example, without opening its image."""
-    if self._folder_captions:
-      folder = posixpath.basename(posixpath.dirname(self.path(index)))
-      return folder.replace("_", " ")
-    return self._texts[index]
+  def origin(self, index: int) -> str:
+    """Path of the file that an example was made from.
 
-  def select(self, indices: Iterable[int]) -> "FolderSource":
+    Examples of one origin must not be both trained on and held out.
+    """
+    return self.path(index)
+
+  def select(self, indices: Iterable[int]) -> Self:
     """A source of only these examples, in this order, indexed from 0."""
-    selected = object.__new__(FolderSource)
-    selected.__dict__.update(self.__dict__)
+    selected = copy.copy(self)
     selected._pack(self._example(int(i)) for i in indices)
     return selected
 
-  def _example(self, index: int) -> tuple[str, Caption]:
-    caption = self.faults.get(index) or self._texts[index]
-    return self._paths[index], caption
+  def _usable_path(self, index: int) -> str:
+    """Path of one example; raises the error of one that is known to be bad."""
+    path = self.path(index)
+    fault = self.faults.get(index)
+    if fault is not None:
+      is_caption = fault.kind == "caption"
+      raise (quarantine.CaptionError if is_caption else ValueError)(fault.cause)
+    return path
 
-  def _pack(self, examples: Iterable[tuple[str, Caption]]) -> None:
+  def _read_image(self, path: str) -> np.ndarray:
+    return images.decode_image(
+      os.path.join(self.root, path), max_pixels=self._max_pixels
+    )
+
+  def _example(self, index: int) -> Example:
+    texts = self.faults.get(index) or (self._texts[index], self._others[index])
+    return self._paths[index], texts
+
+  def _pack(self, examples: Iterable[Example]) -> None:
     """Takes over the examples, which may come from a generator."""
     faults: dict[int, quarantine.Fault] = {}
 
-    def rows() -> Iterator[tuple[str, str]]:
-      for index, (path, caption) in enumerate(examples):
-        if isinstance(caption, quarantine.Fault):
-          faults[index], caption = caption, ""
-        yield path, caption
+    def rows() -> Iterator[tuple[str, str, str]]:
+      for index, (path, texts) in enumerate(examples):
+        if isinstance(texts, quarantine.Fault):
+          faults[index], texts = texts, ("", "")
+        yield path, *texts
 
-    self._paths, self._texts = _PackedStrings.pack(rows(), columns=2)
+    packed = _PackedStrings.pack(rows(), columns=3)
+    self._paths, self._texts, self._others = packed
     self.faults = faults
 
   def _insert(self, examples: list[tuple[str, quarantine.Fault]]) -> None:
@@ -205,11 +188,125 @@ class FolderSource:
         yield path, quarantine.Fault("image", cause)
 
 
+class FolderSource(FolderListing):
+  """Images and captions of a folder; see the module's docstring.
+
+  An element is {"image": uint8 (H, W, 3) of any size, "caption": str ("" if
+  there is none), "index": np.int64, "path": str relative to the root}, and in
+  a folder with classes "label": np.int64 (−1 where it is not known).
+
+  Args:
+    root, max_pixels, gone: see `FolderListing`.
+    captions: "auto" (metadata if there is any, else class folders, else
+      none), "none", "folder" (the name of each image's own folder), or the
+      name of a metadata column, which every row must then have.
+
+  Attributes:
+    root, faults: see `FolderListing`.
+    captions: as given.
+
+  Raises:
+    FileNotFoundError, ValueError: as `FolderListing`, or there is no metadata
+      that could have such a column.
+  """
+
+  def __init__(
+    self,
+    root: str | os.PathLike[str],
+    *,
+    captions: str = "auto",
+    max_pixels: int = images.MAX_PIXELS,
+    gone: Iterable[str] = (),
+  ):
+    self.captions = captions
+    super().__init__(root, caption_form(captions), max_pixels, gone)
+
+  def _note(self, scan: "Scan") -> None:
+    if scan.unlisted:
+      logging.warning(
+        "%s: left out %d images that no metadata row lists.",
+        self.root,
+        scan.unlisted,
+      )
+    captions = self.captions
+    if captions not in ("auto", "none", "folder") and not scan.has_metadata:
+      raise ValueError(
+        f"captions={captions!r} is a metadata column, but {self.root!r} has "
+        "neither " + " nor ".join(METADATA_FILES) + "."
+      )
+    self._folder_captions = captions == "folder" or (
+      captions == "auto" and scan.is_class_layout
+    )
+    self._class_folders = scan.class_folders
+    self._labels = ClassLabels(
+      # One folder alone is no class, unless elsewhere there are others.
+      scan.class_folders if scan.is_class_layout else self._others.distinct(),
+      may_be_numbers=scan.has_metadata,
+    )
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Reads and decodes one image.
+
+    Raises:
+      IndexError: there is no such example.
+      quarantine.CaptionError: its caption is broken.
+      ValueError, OSError: its image is; the message names the file.
+    """
+    path = self._usable_path(index)
+    element = {
+      "image": self._read_image(path),
+      "caption": self.caption(index),
+      "index": np.int64(index),
+      "path": path,
+    }
+    if self.num_classes:
+      element["label"] = np.int64(self.label(index))
+    return element
+
+  def __repr__(self) -> str:
+    return (
+      f"FolderSource(root={self.root!r}, captions={self.captions!r}, "
+      f"length={len(self)})"
+    )
+
+  @property
+  def num_classes(self) -> int:
+    """Labels lie in [0, num_classes); 0 without classes."""
+    return self._labels.count
+
+  @property
+  def may_have_classes(self) -> bool:
+    """Whether it has, or would beside a folder that has."""
+    return bool(self._class_folders or self.num_classes)
+
+  def caption(self, index: int) -> str:
+    """Caption of one example, without opening its image."""
+    if self._folder_captions:
+      return self._folder_of(index).replace("_", " ")
+    return self._texts[index]
+
+  def label(self, index: int) -> int:
+    """Class of one example; −1 where it has none that is known."""
+    own = self._folder_of(index) if self._class_folders else self._others[index]
+    return self._labels.label(own)
+
+  def with_classes_of(self, other: "FolderSource") -> "FolderSource":
+    """The same images, with classes numbered as in another folder."""
+    same = copy.copy(self)
+    same._labels = other._labels
+    return same
+
+  def _folder_of(self, index: int) -> str:
+    return posixpath.basename(posixpath.dirname(self.path(index)))
+
+
 class _PackedStrings:
   """An immutable list of strings, held as two arrays: text and end offsets."""
 
   def __init__(self, text: np.ndarray, ends: np.ndarray):
-    self._text, self._ends = text, ends
+    self._length = len(ends)
+    # Without text all ends are 0.
+    self._text, self._ends = text, ends if len(text) else ends[:0].copy()
 
   @classmethod
   def pack(
@@ -229,47 +326,57 @@ class _PackedStrings:
     )
 
   def __len__(self) -> int:
-    return len(self._ends)
+    return self._length
 
   def __getitem__(self, index: int) -> str:
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} is outside [0, {len(self)})")
+    if not len(self._text):
+      return ""
     start = self._ends[index - 1] if index else 0
     data = self._text[start : self._ends[index]].tobytes()
     return data.decode("utf-8", "surrogatepass")
 
+  def distinct(self) -> set[str]:
+    """The different ones."""
+    if not len(self._text):
+      return {""}
+    return {self[index] for index in range(len(self))}
 
-class _Scan:
+
+class Scan:
   """One walk over a folder.
 
   Attributes:
     has_metadata: whether a metadata file was found.
     unlisted: images left out because metadata does not list them.
     missing: (path, fault) of metadata rows without a usable file.
-    is_class_layout: no metadata, and all images lie in two or more folders
-      directly below the root.
+    class_folders: no metadata, and all images lie in these folders directly
+      below the root; () if it is not so.
+    is_class_layout: there are two or more of them.
 
   All are final only when `examples` is used up.
   """
 
-  def __init__(self, root: str, captions: str):
+  def __init__(self, root: str, form: Form):
     self.has_metadata = False
     self.unlisted = 0
     self.missing: list[tuple[str, quarantine.Fault]] = []
-    self._root, self._captions = root, captions
-    self._class_folders: set[str] = set()
+    self._root, self._form = root, form
+    self._folders: set[str] = set()
     self._is_flat_or_deep = False
 
   @property
-  def is_class_layout(self) -> bool:
-    return (
-      not self.has_metadata
-      and not self._is_flat_or_deep
-      and len(self._class_folders) > 1
-    )
+  def class_folders(self) -> tuple[str, ...]:
+    is_other = self.has_metadata or self._is_flat_or_deep
+    return () if is_other else tuple(sorted(self._folders))
 
-  def examples(self) -> Iterator[tuple[str, Caption]]:
-    """Yields (relative path, caption), sorted by path."""
+  @property
+  def is_class_layout(self) -> bool:
+    return len(self.class_folders) > 1
+
+  def examples(self) -> Iterator[Example]:
+    """Yields (relative path, what is known of it), sorted by path."""
     yield from self._walk("", None, ())
 
   def _walk(
@@ -277,7 +384,7 @@ class _Scan:
     folder: str,
     rows: "Metadata | None",
     ancestors: tuple[tuple[int, int], ...],
-  ) -> Iterator[tuple[str, Caption]]:
+  ) -> Iterator[Example]:
     """Walks `folder` (relative; "" is the root), which `rows` describes."""
     status = os.stat(os.path.join(self._root, folder))
     identity = (status.st_dev, status.st_ino)
@@ -289,7 +396,7 @@ class _Scan:
         if not entry.name.startswith("."):
           (folders if _is_dir(entry) else files).add(entry.name)
 
-    own_rows = Metadata.find(self._root, folder, files, self._captions)
+    own_rows = Metadata.find(self._root, folder, files, self._form)
     if own_rows is not None:
       self.has_metadata = True
       rows = own_rows
@@ -303,12 +410,12 @@ class _Scan:
         yield from self._walk(path[:-1], rows, (*ancestors, identity))
       elif rows is None:
         self._note_layout(folder)
-        yield path, ""
+        yield path, ("", "")
       else:
-        captions = rows.take(path)
-        self.unlisted += not captions
-        for caption in captions:
-          yield path, caption
+        found = rows.take(path)
+        self.unlisted += not found
+        for texts in found:
+          yield path, texts
     if own_rows is not None:
       self.missing += own_rows.take_rest(images.EXTENSIONS)
 
@@ -316,7 +423,7 @@ class _Scan:
     if not folder or "/" in folder:
       self._is_flat_or_deep = True
     else:
-      self._class_folders.add(folder)
+      self._folders.add(folder)
 
 
 def _is_image(name: str) -> bool:
@@ -330,7 +437,7 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _order(example: tuple[str, Caption]) -> bytes:
+def _order(example: Example) -> bytes:
   return _path_order(example[0])
 
 

@@ -117,6 +117,11 @@ class GuardedSource:
   def __repr__(self) -> str:
     return f"GuardedSource({self.source!r})"
 
+  @property
+  def num_classes(self) -> int:
+    """Classes of the records, 0 without; their "label" is one of them."""
+    return getattr(self.source, "num_classes", 0)
+
   def path(self, index: int) -> str:
     """What to call one record."""
     return self.source.path(index)

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from psvae_jax.data import guarded, transforms, views
+from psvae_jax.data import transforms, views
 
 Batch = dict[str, Any]
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -344,8 +344,8 @@ class _PaddedSource:
     batch_size: int,
     padding: dict[str, Any],
   ):
-    is_guarded = isinstance(source, guarded.GuardedSource)
-    self._read = source.read if is_guarded else source.__getitem__
+    # None in place of a bad record, where the source can tell.
+    self._read = getattr(source, "read", source.__getitem__)
     self._source, self._crop = source, crop
     self._num_examples, self._padding = num_examples, padding
     self._length = -(-num_examples // batch_size) * batch_size

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax.data import images, quarantine
+from psvae_jax.data import class_labels, images, quarantine
 
 IMAGE = "image"
 TEXT_FEATURES = ("caption", "text")
@@ -29,10 +29,13 @@ class TfdsSource:
   """Images and captions of one split of a builder.
 
   An element is {"image": uint8 (H, W, 3) of any size, "caption": str ("" if
-  there is none), "index": np.int64, "path": str, "builder/split/index"}.
+  there is none), "index": np.int64, "path": str, "builder/split/index"}, and
+  of a builder with classes "label": np.int64 (−1 where it is not known). The
+  class is the feature that `captions` names, if that is one, else `label`.
 
   Attributes:
     name: name of the builder.
+    num_classes: labels lie in [0, num_classes); 0 without classes.
     faults: always empty; see `guarded.FallibleSource`.
   """
 
@@ -81,8 +84,15 @@ class TfdsSource:
     found = _open_builder(tfds, builder, data_dir)
     self._folder = pathlib.Path(found.data_path)
     self._records = _open_split(tfds, found, builder, split)
-    self._caption = _caption_feature(tfds, found.info.features, captions)
-    self._features = _select_features(tfds, found.info.features, self._caption)
+    features = found.info.features
+    self._caption = _caption_feature(tfds, features, captions)
+    self._label = _label_feature(tfds, features, self._caption)
+    self._features = _select_features(
+      tfds, features, self._caption, self._label
+    )
+    self.num_classes = 0
+    if self._label is not None:
+      self.num_classes = self._features[self._label].num_classes
     self._decoders = {IMAGE: tfds.decode.SkipDecoding()}
     total = len(self._records)
     self._length = min(limit or total, total)
@@ -122,12 +132,15 @@ class TfdsSource:
     if not isinstance(data, bytes):
       raise ValueError(f"{path}: the record holds no image.")
     image = images.decode_image(data, name=path, max_pixels=self._max_pixels)
-    return {
+    element = {
       "image": image,
       "caption": self._read_caption(values, path),
       "index": np.int64(index),
       "path": path,
     }
+    if self._label is not None:
+      element["label"] = self._read_label(values, path)
+    return element
 
   def __repr__(self) -> str:
     return f"TfdsSource({self.name!r}, {self._split!r}, length={self._length})"
@@ -164,15 +177,28 @@ class TfdsSource:
         f"{path}: {self._caption!r} is not valid UTF-8 ({error})."
       ) from error
 
+  def _read_label(self, values: dict[str, Any], path: str) -> np.int64:
+    name = self._label
+    place = f"{path}: {name!r}"
+    return np.int64(_class_number(values[name], self._features[name], place))
 
-def _class_name(value: Any, feature: Any, place: str) -> str:
-  if value == -1:  # how test splits say that the class is unknown
-    return ""
-  if value is None or not 0 <= value < feature.num_classes:
+
+def _class_number(value: Any, feature: Any, place: str) -> int:
+  """A record's class; `class_labels.UNKNOWN` as test splits have it."""
+  if value is None or not (
+    0 <= value < feature.num_classes or value == class_labels.UNKNOWN
+  ):
     raise quarantine.CaptionError(
       f"{place} is {value}; there are {feature.num_classes} classes."
     )
-  return feature.int2str(int(value)).replace("_", " ")
+  return int(value)
+
+
+def _class_name(value: Any, feature: Any, place: str) -> str:
+  number = _class_number(value, feature, place)
+  if number == class_labels.UNKNOWN:
+    return ""
+  return feature.int2str(number).replace("_", " ")
 
 
 def _import_tfds() -> Any:
@@ -291,7 +317,18 @@ def _caption_feature(tfds: Any, features: Any, captions: str) -> str | None:
   )
 
 
-def _select_features(tfds: Any, features: Any, caption: str | None) -> Any:
+def _label_feature(tfds: Any, features: Any, caption: str | None) -> str | None:
+  """Name of the feature that is an example's class."""
+  if not isinstance(features, tfds.features.FeaturesDict):
+    return None
+  for name in (caption, LABEL_FEATURE):
+    feature = features[name] if name in features else None
+    if isinstance(feature, tfds.features.ClassLabel) and feature.num_classes:
+      return name
+  return None
+
+
+def _select_features(tfds: Any, features: Any, *others: str | None) -> Any:
   """Only the features that are used: the others are not even parsed."""
   is_dict = isinstance(features, tfds.features.FeaturesDict)
   image = features[IMAGE] if is_dict and IMAGE in features else None
@@ -305,5 +342,5 @@ def _select_features(tfds: Any, features: Any, caption: str | None) -> Any:
       "The data set's images are floats, packed into PNG files; pictures of 8 "
       "or 16 bits are needed."
     )
-  names = [IMAGE] if caption is None else [IMAGE, caption]
+  names = (IMAGE, *(name for name in others if name is not None))
   return tfds.features.FeaturesDict({name: features[name] for name in names})

@@ -1,4 +1,4 @@
-"""Figures of instruction edits on validation scenes.
+"""Figures of instruction edits on validation scenes; pictures of any.
 
 What a success is says `edit_score`. Beside every figure stand that of the
 source unchanged (`_copy`), of a picture drawn from the target's caption
@@ -6,14 +6,16 @@ source unchanged (`_copy`), of a picture drawn from the target's caption
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from psvae_jax.config import Config
-from psvae_jax.data import captions, scene_render
+from psvae_jax.data import captions, scene_render, sources
 from psvae_jax.data.scene_edits import EDIT_KINDS, SceneEdit, sample_edit
+from psvae_jax.data.views import EditExamples, ViewedSource
 from psvae_jax.evaluators import sample_pictures
 from psvae_jax.evaluators.edit_score import EditScore, score_edit
 from psvae_jax.evaluators.generative_model import GenerativeModel
@@ -41,15 +43,20 @@ class EditEvaluator:
     folder: Path | None = None,
     *,
     quick: bool = False,
+    quarantine: str | os.PathLike[str] | None = None,
   ) -> dict[str, float]:
-    """All figures of a generator's edits; none for other data than scenes.
+    """All figures of a generator's edits; for other data than scenes, none.
+
+    Those of `data.edits` are only shown: no program can tell whether an
+    instruction is done in a photograph.
 
     Args:
       model: the generator, with its saved sampling settings.
       folder: where `edits.npz` is written ("source", "result", "target" uint8
-        (n, S, S, 3), "instructions", "correct": the first edits of the split);
-        None nowhere, as on every host but one.
+        (n, S, S, 3), "instructions", "correct", of scenes alone: the first
+        edits of the split); None nowhere, as on every host but one.
       quick: fewer edits, and nothing beside them.
+      quarantine: list of records that cannot be used; None keeps no list.
 
     Returns:
       Metric name → value, the first three also with `_copy`, `_regenerate` and
@@ -63,6 +70,7 @@ class EditEvaluator:
         eval/edit_success_<kind>: by kind.
     """
     if self._config.data.source != "scenes":
+      self._show(model, folder, quarantine)
       return {}
     count = self._config.eval.num_edits
     count = min(count, _NUM_QUICK) if quick else count
@@ -88,6 +96,42 @@ class EditEvaluator:
     metrics |= _by_kind(edits, scores[""])
     self._write(folder, edits, scores[""], pictures)
     return metrics
+
+  def _show(
+    self,
+    model: GenerativeModel,
+    folder: Path | None,
+    quarantine: str | os.PathLike[str] | None,
+  ) -> None:
+    """Writes the pictures of edits that cannot be scored."""
+    data, size = self._config.data, self._image_size
+    examples = EditExamples(
+      sources.make_edit_source(data, "validation", size, quarantine)
+    )
+    viewed = ViewedSource(
+      examples,
+      image_size=size,
+      augment="none" if data.augment == "none" else "center",
+      num_examples=min(_NUM_PICTURES, len(examples)),
+    )
+    elements = [viewed[i] for i in range(len(viewed))]
+    # Another one stands where a record is bad.
+    elements = [e for i, e in enumerate(elements) if e["index"] == i]
+    if not elements:
+      return
+    source = np.stack([element["source"] for element in elements])
+    instructions = [element["caption"] for element in elements]
+    seeds = _EDIT_SEED + np.arange(len(elements))
+    sample_pictures.write_arrays(
+      folder,
+      "edits",
+      {
+        "source": source,
+        "result": model.edit(source, instructions, seeds),
+        "target": np.stack([element["image"] for element in elements]),
+        "instructions": np.array(instructions),
+      },
+    )
 
   def _make(
     self,

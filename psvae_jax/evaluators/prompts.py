@@ -13,6 +13,7 @@ textures, so that nearness to the manifold is judged against what it has seen.
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +141,10 @@ def _of_source(
     sources.make_source(config.data, split, image_size, quarantine)
     for split in ("validation", "train")
   )
+  num_classes = getattr(training, "num_classes", 0)
+  classes = config.model.condition == "class"
+  if classes:  # folders have one class after the other
+    validation, training = _Shuffled(validation), _Shuffled(training)
 
   def read(source, first, number):
     number = min(number, len(source) - first)
@@ -159,10 +164,8 @@ def _of_source(
 
   count = min(config.eval.num_generated, max(1, len(validation) // 2))
   texts = [text for _, part in read(validation, 0, count) for text in part]
-  classes = config.model.condition == "class"
   if classes:
-    total = config.model.num_classes
-    texts = [i * total // len(texts) for i in range(len(texts))]
+    texts = _in_turn(num_classes or config.model.num_classes, len(texts))
   number = config.eval.num_reference
   return Prompts(
     texts=texts,
@@ -174,3 +177,28 @@ def _of_source(
     reference=lambda: (x for x, _ in read(validation, count, number)),
     training=lambda: read(training, 0, number + count),
   )
+
+
+def _in_turn(num_classes: int, count: int) -> list[int]:
+  """`count` labels: all equally often, or as many, evenly spaced."""
+  step = max(1, num_classes // count)
+  return [i * step % num_classes for i in range(count)]
+
+
+class _Shuffled:
+  """A source in another order, which depends on its length alone."""
+
+  def __init__(self, source: pipeline.Source) -> None:
+    self._source = source
+    self._order = np.random.default_rng(0).permutation(len(source))
+    self._read = getattr(source, "read", source.__getitem__)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._source[int(self._order[index])]
+
+  def read(self, index: int) -> dict[str, Any] | None:
+    """The element; None if the source says that it is bad."""
+    return self._read(int(self._order[index]))

@@ -195,7 +195,9 @@ class GeneratorTask:
   def _condition(self, frozen: Params, batch: Batch) -> generator_lib.Condition:
     """What a batch's examples are conditioned on."""
     if self.text_encoder is None:
-      return {"labels": batch["label"]}
+      label = batch["label"]  # below 0 where the class is not known
+      null = self.config.model.num_classes
+      return {"labels": jnp.where(label < 0, null, label)}
     mask = batch["token_mask"]
     if "text" in batch:
       text = batch["text"]
@@ -295,7 +297,7 @@ class GeneratorTask:
     )
     if self.name == "edit":
       metrics |= self._edit_evaluator.evaluate(
-        model, context.folder, quick=quick
+        model, context.folder, quick=quick, quarantine=context.quarantine
       )
     return metrics
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from psvae_jax import cache, latent_stats
 from psvae_jax.config import Config
-from psvae_jax.data import pipeline, scenes, sources
+from psvae_jax.data import pipeline, sources
 from psvae_jax.data.cached import CachedSource
 from psvae_jax.data.views import EditExamples, ViewedSource
 from psvae_jax.latent_stats import LatentStats
@@ -26,9 +26,6 @@ from psvae_jax.psvae import PSVAE
 from psvae_jax.tasks.data import quarantine_file
 
 STATS_FILE = "latent_stats.json"
-
-# Edits that are generated have no number of their own.
-_GENERATED_EDITS = {"train": 1_000_000, "validation": 2_000}
 
 
 class LatentData:
@@ -63,17 +60,15 @@ class LatentData:
 
   def examples(self, part: str, split: str) -> pipeline.Source:
     """Images with captions, or edits, of one split."""
-    config, size = self._config.data, self._autoencoder.output_size
-    if part == "t2i":
-      return sources.make_source(
-        config, split, size, quarantine_file(self._workdir)
-      )
-    limit = config.num_train if split == "train" else config.num_eval
-    return EditExamples(
-      scenes.EditSource(
-        split, limit or _GENERATED_EDITS[split], size, config.seed
-      )
+    settings = (
+      self._config.data,
+      split,
+      self._autoencoder.output_size,
+      quarantine_file(self._workdir),
     )
+    if part == "edit":
+      return EditExamples(sources.make_edit_source(*settings))
+    return sources.make_source(*settings)
 
   def part(self, part: str, batch_size: int) -> pipeline.Part:
     """The training examples of one part of a batch."""
@@ -111,7 +106,8 @@ class LatentData:
         for name, value in rows[0].items()
         if not isinstance(value, str)
       }
-      batch["mask"] = places < len(source)
+      # Another record takes a bad one's place, as the last one does a missing.
+      batch["mask"] = batch["index"] == places
       if self.tokenize is not None:
         batch["tokens"], batch["token_mask"] = self.tokenize(
           [row["caption"] for row in rows]

@@ -412,3 +412,66 @@ def test_real_photographs(photos):
   assert element["image"].ndim == 3 and element["image"].shape[2] == 3
   assert element["image"].std() > 10
   assert element["caption"].startswith("a photo of ")
+
+
+# Classes.
+
+
+def labels(source) -> list[int]:
+  source = getattr(source, "source", source)
+  return [source.label(i) for i in range(len(source))]
+
+
+def test_class_folders_number_their_images(tmp_path):
+  for name in ("tabby_cat/1.png", "10/2.png", "9/1.png"):
+    write_image(tmp_path / name)
+  source = folder.FolderSource(tmp_path, captions="none")
+  # By name, as Hugging Face does: "10" < "9".
+  assert labels(source) == [0, 1, 2] and source.num_classes == 3
+  element = source.select([2])[0]
+  assert element["label"] == 2 and isinstance(element["label"], np.int64)
+  (tmp_path / "plain").mkdir()
+  write_image(tmp_path / "plain" / "1.png")
+  plain = folder.FolderSource(tmp_path / "plain")
+  assert plain.num_classes == 0 and "label" not in plain[0]
+
+
+@pytest.mark.parametrize(
+  "column, wanted",
+  [
+    (["dog", "cat", None, "dog"], [1, 0, -1, 1]),
+    ([7, 2.0, None, "0"], [7, 2, -1, 0]),
+    ([7, "cat", True, -3], [1, 2, -1, 0]),  # one name: all are names
+    ([[1], {}, 0.5, None], None),
+  ],
+)
+def test_label_column(tmp_path, column, wanted):
+  rows = []
+  for i, value in enumerate(column):
+    write_image(tmp_path / f"{i}.png")
+    rows.append({"file_name": f"{i}.png", "text": "x", "label": value})
+  write_jsonl(tmp_path / "metadata.jsonl", rows)
+  source = folder.FolderSource(tmp_path)
+  if wanted is None:
+    assert source.num_classes == 0 and "label" not in source[0]
+    return
+  assert labels(source) == wanted
+  assert source.num_classes == max(wanted) + 1
+  assert [source[i]["label"] for i in range(4)] == wanted
+  assert [caption for _, caption in listing(source)] == ["x"] * 4
+
+
+@pytest.mark.parametrize("held_out", [["cat"], ["cat", "horse"]])
+def test_validation_has_the_classes_of_training(tmp_path, held_out):
+  for name in ("bird", "cat", "dog"):
+    write_image(tmp_path / "train" / name / "1.png")
+  for name in held_out:
+    write_image(tmp_path / "validation" / name / "1.png")
+  config = sources.DataConfig(
+    source="folder",
+    root=str(tmp_path / "train"),
+    eval_root=str(tmp_path / "validation"),
+  )
+  source = sources.make_source(config, "validation", 2)
+  assert labels(source) == [1, -1][: len(held_out)]
+  assert source.num_classes == 3 and source[0]["label"] == 1

@@ -12,9 +12,10 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_cache
 
-from psvae_jax.config import DataConfig
-from psvae_jax.data import pipeline, quarantine, sources, tfds_images
+from psvae_jax.config import ConfigError, DataConfig
+from psvae_jax.data import pipeline, quarantine, sources, tfds_images, views
 
 pytest.importorskip("array_record")
 _PATH = pathlib.Path(__file__).with_name("tiny_tfds.py")
@@ -56,12 +57,14 @@ def test_every_record_with_its_picture_and_class(prepared):
     assert len(source) == size and sorted(numbers) == list(range(size))
     for index, number in enumerate(numbers):
       element = source[index]
-      assert set(element) == {"image", "caption", "index", "path"}
+      assert set(element) == {"image", "caption", "label", "index", "path"}
       np.testing.assert_array_equal(
         element["image"], tiny_tfds.picture(split, number)
       )
       name = tiny_tfds.NAMES[number % 3].replace("_", " ")
       assert element["caption"] == name
+      assert element["label"] == number % 3
+      assert isinstance(element["label"], np.int64)
       assert element["index"] == index
       assert isinstance(element["index"], np.int64)
       assert element["path"] == f"{NAME}/{split}/{index}"
@@ -116,6 +119,10 @@ def test_through_the_config_and_the_pipeline(prepared, tmp_path):
   batches = [next(iterator) for _ in range(5)]
   seen = np.concatenate([batch["index"] for batch in batches])
   assert sorted(seen) == list(range(40))
+  labels = np.concatenate([batch["label"] for batch in batches])
+  assert labels.dtype == np.int64 and source.num_classes == 3
+  for index, label in zip(seen, labels, strict=True):
+    assert source[int(index)]["label"] == label
   validation = sources.make_source(config, "validation", 4, file)
   assert len(validation) == 4
   batches = list(pipeline.eval_batches(validation, image_size=4, batch_size=3))
@@ -159,7 +166,7 @@ def test_without_tensorflow(prepared):
   )
 
 
-# Captions.
+# Captions and classes.
 
 
 def test_captions_by_name(prepared):
@@ -191,7 +198,25 @@ def test_text_goes_before_classes_and_broken_text_is_a_bad_record(tmp_path):
 
 def test_builder_without_captions(tmp_path):
   tiny_tfds.prepare(tmp_path, drop=("label",))
-  assert source_of(tmp_path)[0]["caption"] == ""
+  source = source_of(tmp_path)
+  assert source[0]["caption"] == ""
+  assert "label" not in source[0] and source.num_classes == 0
+
+
+def test_the_class_that_captions_name_counts(tmp_path):
+  coarse = tiny_tfds.tfds.features.ClassLabel(names=("pet", "fish"))
+
+  def make(number):
+    return -1 if number == 7 else int(number % 3 == 2)
+
+  tiny_tfds.prepare(tmp_path, extra={"coarse": (coarse, make)})
+  assert source_of(tmp_path).num_classes == 3
+  source = source_of(tmp_path, captions="coarse")
+  assert source.num_classes == 2
+  for index, number in enumerate(number_of(tmp_path)):
+    element = source[index]
+    assert element["label"] == make(number)
+    assert element["caption"] == ("pet", "fish", "")[make(number)]
 
 
 def test_class_numbers_outside_the_classes(prepared):
@@ -202,6 +227,42 @@ def test_class_numbers_outside_the_classes(prepared):
   for value in (3, -2, None):
     with pytest.raises(quarantine.CaptionError, match="there are 3 classes"):
       name(value, feature, "place")
+
+
+def test_classes_of_the_generator(prepared, tmp_path):
+  config = DataConfig(source="tfds", builder=NAME, root=str(prepared))
+  source = sources.make_source(config, "train", 4)
+  for enough in (3, 4):
+    sources.check_classes(source, enough)
+  with pytest.raises(ConfigError, match=r"=2 is too small.* 3 classes.*=3$"):
+    sources.check_classes(source, 2)
+  tiny_tfds.prepare(tmp_path, drop=("label",))
+  config = DataConfig(source="tfds", builder=NAME, root=str(tmp_path))
+  with pytest.raises(ConfigError, match="needs classes, which .* has not"):
+    sources.check_classes(sources.make_source(config, "train", 4), 3)
+
+
+def test_classes_through_views_and_the_cache(prepared, tmp_path):
+  config = DataConfig(source="tfds", builder=NAME, root=str(prepared))
+  source = sources.make_source(config, "train", 4)
+  viewed = views.ViewedSource(
+    source,
+    image_size=tiny_cache.SIZE,
+    augment="crop",
+    views=2,
+    num_examples=9,
+  )
+  encoders = tiny_cache.encoders(
+    text=None, tokenizer="", text_length=0, text_encoder=""
+  )
+  cached = tiny_cache.write(tmp_path / "cache", viewed, encoders)
+  batch = next(
+    pipeline.train_iterator(cached, batch_size=18, seed=0, num_threads=0)
+  )
+  assert set(batch) == {"latent", "index", "label"}
+  wanted = [source[int(index)]["label"] for index in batch["index"]]
+  np.testing.assert_array_equal(batch["label"], wanted)
+  assert len(set(wanted)) == 3
 
 
 # Faults.

@@ -1,12 +1,14 @@
 """What counts as an edit done, and what it is compared with."""
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 
 import fake_generator
 import numpy as np
 import pytest
+from PIL import Image
 
 from psvae_jax.config import parser as config_parser
 from psvae_jax.data import scene_edits
@@ -15,6 +17,7 @@ from psvae_jax.data.scene_render import render
 from psvae_jax.evaluators import edit_score
 from psvae_jax.evaluators.edit_score import score_edit
 from psvae_jax.evaluators.edits import EditEvaluator
+from psvae_jax.report import pictures
 
 _ROOT = Path(__file__).resolve().parents[2]
 COUNT = 40
@@ -182,6 +185,52 @@ def test_pictures(folder, metrics):
     assert arrays["correct"].dtype == bool and arrays["correct"].all()
 
 
-def test_other_data_have_no_edits(tmp_path):
-  got = evaluate(fake_generator.TrueScenes(), data=dict(source="bundled"))
-  assert got == {}
+def write_folder(root, count):
+  """Edits whose target is the source, mirrored; the images are not square."""
+  rng = np.random.default_rng(0)
+  with (root / "metadata.jsonl").open("w") as file:
+    for i in range(count):
+      image = rng.integers(0, 256, (50, 60, 3), np.uint8)
+      names = [f"{i:02d}-{which}.png" for which in ("before", "after")]
+      for name, pixels in zip(names, (image, image[:, ::-1]), strict=True):
+        Image.fromarray(pixels).save(root / name)
+      row = {"file_name": names[1], "input_file_name": names[0]}
+      file.write(json.dumps(row | {"instruction": f"mirror {i}"}) + "\n")
+
+
+class Mirror:
+  """Does the only instruction there is."""
+
+  def edit(self, images, instructions, seeds):
+    assert len(images) == len(instructions) == len(seeds)
+    return images[:, :, ::-1]
+
+
+def test_a_folder_of_edits_is_shown_and_not_scored(tmp_path):
+  root, file = tmp_path / "edits", tmp_path / "quarantine.jsonl"
+  root.mkdir()
+  write_folder(root, 14)
+  (root / "03-before.png").write_bytes(b"")
+  config = make_config(
+    dict(
+      source="bundled",
+      edits="elsewhere",
+      eval_edits=str(root),
+      augment="crop",
+      max_bad_share=0.1,
+    )
+  )
+  evaluator = EditEvaluator(config, 48)
+  assert evaluator.evaluate(Mirror(), tmp_path, quarantine=file) == {}
+  notices = []
+  found = pictures.read_pictures(tmp_path, notices).edits
+  assert not notices
+  assert list(found["instructions"]) == [
+    f"mirror {i}" for i in range(12) if i != 3
+  ]
+  assert found["source"].shape == (11, 48, 48, 3)
+  # Both images have the same crop.
+  np.testing.assert_array_equal(found["target"], found["result"])
+  assert "correct" not in found
+  assert all(mark is None for mark in pictures.marks_of(found))
+  assert "03-before.png" in file.read_text()

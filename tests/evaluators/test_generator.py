@@ -7,6 +7,7 @@ from pathlib import Path
 import fake_generator
 import numpy as np
 import pytest
+from PIL import Image
 
 from psvae_jax.config import ConfigError
 from psvae_jax.config import parser as config_parser
@@ -307,8 +308,46 @@ def test_classes_are_drawn_in_turn():
   model = dataclasses.replace(config.model, condition="class", num_classes=4)
   config = dataclasses.replace(config, model=model)
   asked = prompts.make(config, 48)
-  assert set(asked.texts) <= set(range(4))
+  assert asked.texts == list(range(4))[: len(asked.texts)]
   assert not asked.captioned and asked.specs is None
+
+
+@pytest.mark.parametrize(
+  "num_classes, count, wanted",
+  [
+    (3, 7, [0, 1, 2, 0, 1, 2, 0]),
+    (7, 3, [0, 2, 4]),
+    (4, 4, [0, 1, 2, 3]),
+    (1, 2, [0, 0]),
+  ],
+)
+def test_classes_are_spread(num_classes, count, wanted):
+  assert prompts._in_turn(num_classes, count) == wanted
+
+
+def test_images_of_all_classes_are_compared(tmp_path):
+  """Folders list one class after the other."""
+  for number in range(4):
+    for i in range(20):
+      path = tmp_path / f"class {number}" / f"{i}.png"
+      path.parent.mkdir(exist_ok=True)
+      Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(path)
+  (tmp_path / "class 2" / "7.png").write_bytes(b"")
+  asked = prompts.make(
+    make_config(
+      dict(
+        source="folder", root=str(tmp_path), augment="center", max_bad_share=0.1
+      ),
+      dict(condition="class", num_classes=9),
+      num_generated=6,
+      num_reference=12,
+    ),
+    8,
+  )
+  # Of the data's classes, not of those that the generator could learn.
+  assert set(asked.texts) <= set(range(4))
+  images = np.concatenate([part for part, _ in asked.training()])
+  assert {int(image[0, 0, 0]) // 60 for image in images} == set(range(4))
 
 
 @pytest.mark.parametrize("name", ["num_generated", "num_reference"])
