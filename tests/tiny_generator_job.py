@@ -19,7 +19,7 @@ def train_autoencoder(encoder: Path, workdir: Path, seed: int = 0) -> None:
 def config(*stages: str, steps: int = 4) -> ml_collections.ConfigDict:
   """Generator stages on the latents of `train_autoencoder`'s workdir."""
   stage = dict(
-    train=dict(steps=steps, batch_size=8, log_every=1, ema=0.9),
+    train=dict(steps=steps, batch_size=16, log_every=1, ema=0.9),
     optim=dict(name="adamw", learning_rate=1e-3, clip=1.0),
     loss=dict(text_dropout=0.25, source_dropout=0.25, edit_share=0.5),
   )

@@ -202,7 +202,6 @@ def test_equal_on_one_and_eight_devices(autoencoder):
   grads = {}
   for count in (1, 8):
     raw = tiny_generator_job.config("edit")
-    raw.edit.train.batch_size = 16
     config = config_parser.parse(raw)
     task = make_task("edit", config, autoencoder)
     mesh = make_mesh(count, data=-1, fsdp=2 if count > 1 else 1)
