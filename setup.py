@@ -12,6 +12,7 @@ import setuptools
 
 REQUIREMENTS = [
   "absl-py",
+  "array_record>=0.8.1",
   "chex",
   "flax>=0.12.8",
   "grain>=0.2.16",

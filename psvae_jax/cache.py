@@ -16,77 +16,27 @@ all of them see.
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import grain
-import jax
 import numpy as np
-import safetensors.numpy
-from array_record.python import array_record_module
 
 from psvae_jax import workdir as workdir_lib
 from psvae_jax.data import cached as cached_lib
-from psvae_jax.data import views
+from psvae_jax.data import record_files, views
+from psvae_jax.encoding import EncodeImages, Encoders, encoded_batches
 from psvae_jax.latent_stats import LatentMoments, LatentStats
 from psvae_jax.pretrained import files
 from psvae_jax.progress import Progress
 from psvae_jax.writers import disk_is_full
 
 UNFINISHED_FILE = "unfinished.json"
-_TEMPORARY = ".tmp"
-# Latents hardly compress; without compression reading is faster.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
-EncodeImages = Callable[[np.ndarray], Any]
-EncodeText = Callable[[Sequence[str]], tuple[Any, Any, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoders:
-  """What turns examples into records, and what it is called.
-
-  The functions get whole batches of one size, padded with black images and
-  empty texts. On several hosts each calls them by itself, not equally often:
-  they must not communicate.
-
-  Attributes:
-    images: uint8 (B, S, S, 3) → (B, h, w, C), the posterior mean; a JAX array
-      may still be under way.
-    autoencoder: `latent_fingerprint` of what `images` uses.
-    text: B strings → int32 tokens (B, L), bool mask (B, L), and features
-      (B, L, D) or None; None stores no text.
-    tokenizer: fingerprint of what makes the tokens; "" without `text`.
-    text_length: L; 0 without `text`.
-    text_encoder: fingerprint of what makes the features; "" if `text` gives
-      none.
-  """
-
-  images: EncodeImages
-  autoencoder: str
-  text: EncodeText | None = None
-  tokenizer: str = ""
-  text_length: int = 0
-  text_encoder: str = ""
-
-  def spec(
-    self, source: views.ViewedSource, dtype: str
-  ) -> cached_lib.CacheSpec:
-    """What a cache of `source` in `dtype` is of."""
-    return cached_lib.CacheSpec(
-      self.autoencoder,
-      source.description,
-      dtype,
-      self.tokenizer,
-      self.text_length,
-      self.text_encoder,
-    )
+__all__ = ["EncodeImages", "Encoders", "measure_stats", "write_cache"]
 
 
 def write_cache(
@@ -137,7 +87,7 @@ def write_cache(
       f"{shard_size} and {batch_size}."
     )
   root = Path(root)
-  spec = encoders.spec(source, dtype)
+  spec = make_spec(source, encoders, dtype)
   if (root / cached_lib.MANIFEST_FILE).is_file():
     return cached_lib.CachedSource(root, spec)
   chief = process_index == 0
@@ -150,18 +100,25 @@ def write_cache(
     _check_claim(root, spec, shard_size)
     own = range(process_index, shards.count, process_count)
     missing = [k for k in own if not shards.is_complete(k)]
-    batches = _Batches(source, shards, missing, batch_size)
-    writer = _Writer(shards, encoders, dtype)
+    # No batch reaches over the end of a file: so a job that goes on encodes
+    # the same batches as one that was never stopped.
+    places = [p for k in missing for p in _split(shards.records(k), batch_size)]
+    encoded = encoded_batches(
+      source,
+      places,
+      encoders,
+      batch_size,
+      dtype=dtype,
+      num_threads=num_threads,
+      prefetch=prefetch,
+    )
     with Progress(
       f"cache ({len(source)} records)",
-      len(batches),
+      len(places),
       images_per_step=batch_size,
-      enabled=show_progress and chief and bool(len(batches)),
+      enabled=show_progress and chief and bool(places),
     ) as progress:
-      encoded = _encode(batches, encoders, num_threads, prefetch)
-      for number, batch in enumerate(encoded, start=1):
-        writer.add(batch)
-        progress.advance(number)
+      _write(shards, encoded, progress)
     barrier()
     if chief:
       _finish(root, spec, shards)
@@ -196,18 +153,40 @@ def measure_stats(
     process_count: number of hosts; each encodes a share.
   """
   count = min(count or source.num_examples, source.num_examples)
-  shards = _Shards(Path(), count, batch_size)
-  own = list(range(process_index, shards.count, process_count))
-  # A host without a share learns the latents' shape from a batch of another's.
-  batches = _Batches(source, shards, own or [0], batch_size, only_images=True)
-  encoders = dataclasses.replace(encoders, text=None)
+  places = _split(range(count), batch_size)
+  own = places[process_index::process_count]
+  encoded = encoded_batches(
+    source,
+    # A host without a share learns the latents' shape from another's.
+    own or places[:1],
+    encoders,
+    batch_size,
+    dtype=dtype,
+    only_images=True,
+    num_threads=num_threads,
+    prefetch=prefetch,
+  )
   moments: LatentMoments | None = None
-  for batch in _encode(batches, encoders, num_threads, prefetch):
-    z = _rounded(batch["latent"], dtype, batch["index"], "latents")
-    moments = moments or LatentMoments(z.shape[-1])
-    places = np.arange(batch["start"], batch["stop"])
-    moments.update(z, (batch["index"] == places) & bool(own))
+  for which, batch in encoded:
+    moments = moments or LatentMoments(batch["latent"].shape[-1])
+    # The stand-in of a bad record does not count twice.
+    counts = (batch["index"] == np.array(which)) & bool(own)
+    moments.update(batch["latent"], counts)
   return moments.over_hosts().result(encoders.autoencoder, source.description)
+
+
+def make_spec(
+  source: views.ViewedSource, encoders: Encoders, dtype: str
+) -> cached_lib.CacheSpec:
+  """What a cache of `source` in `dtype` is of."""
+  return cached_lib.CacheSpec(
+    encoders.autoencoder,
+    source.description,
+    dtype,
+    encoders.tokenizer,
+    encoders.text_length,
+    encoders.text_encoder,
+  )
 
 
 class _Shards:
@@ -224,206 +203,56 @@ class _Shards:
   def path(self, shard: int) -> Path:
     return self.root / f"{shard:05d}-of-{self.count:05d}.arrayrecord"
 
-  def temporary(self, shard: int) -> Path:
-    path = self.path(shard)
-    return path.with_name(f".{path.name}{_TEMPORARY}")
-
   def is_complete(self, shard: int) -> bool:
     """Renamed means complete, unless the machine went down right then."""
-    path = self.path(shard)
-    return path.is_file() and _num_records(path) == len(self.records(shard))
+    path, wanted = self.path(shard), len(self.records(shard))
+    return path.is_file() and record_files.num_records(path) == wanted
 
 
-class _Batches:
-  """Batches of examples, ready to be encoded: a grain source.
-
-  No batch reaches over the end of a file: so a job that goes on encodes the
-  same batches as one that was never stopped.
-  """
-
-  def __init__(
-    self,
-    source: views.ViewedSource,
-    shards: _Shards,
-    missing: Sequence[int],
-    batch_size: int,
-    only_images: bool = False,
-  ) -> None:
-    self._source, self._batch_size = source, batch_size
-    self._drop = ("caption", "source") if only_images else ()
-    self._places = [
-      (shard, start, min(start + batch_size, shards.records(shard).stop))
-      for shard in missing
-      for start in range(
-        shards.records(shard).start, shards.records(shard).stop, batch_size
-      )
-    ]
-
-  def __len__(self) -> int:
-    return len(self._places)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    shard, start, stop = self._places[index]
-    elements = [self._source[i] for i in range(start, stop)]
-    batch: dict[str, Any] = {"shard": shard, "start": start, "stop": stop}
-    spare = self._batch_size - len(elements)
-    for name, value in elements[0].items():
-      values = [element[name] for element in elements]
-      if name == "caption":
-        batch[name] = values + [""] * spare
-      elif name in views.IMAGES:
-        padding = [(0, spare)] + [(0, 0)] * 3
-        batch[name] = np.pad(np.stack(values), padding)
-      elif not isinstance(value, str):
-        batch[name] = np.stack(values)
-    for name in self._drop:
-      batch.pop(name, None)
-    return batch
-
-  def __repr__(self) -> str:
-    return f"_Batches({self._source!r})"
+def _split(places: range, size: int) -> list[range]:
+  return [places[i : i + size] for i in range(0, len(places), size)]
 
 
-def _encode(
-  batches: _Batches, encoders: Encoders, num_threads: int, prefetch: int
-) -> Iterator[dict[str, Any]]:
-  """Batches with "latent" and text in place of images and captions.
-
-  A batch is fetched from the device after the next one has been started.
-  """
-  if not len(batches):
-    return
-  options = grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=prefetch
-  )
-  previous = None
-  for batch in grain.MapDataset.source(batches).to_iter_dataset(options):
-    batch["latent"] = encoders.images(batch.pop("image"))
-    if "source" in batch:
-      batch["source_latent"] = encoders.images(batch.pop("source"))
-    captions = batch.pop("caption", None)
-    if encoders.text is not None:
-      if captions is None:
-        raise ValueError("the examples have no captions to store as text")
-      text = encoders.text(captions)
-      names = ("tokens", "token_mask", "text")
-      batch |= {n: v for n, v in zip(names, text, strict=True) if v is not None}
-    if previous is not None:
-      yield _fetched(previous)
-    previous = batch
-  yield _fetched(previous)
+def _write(
+  shards: _Shards,
+  encoded: Iterator[tuple[range, dict[str, np.ndarray]]],
+  progress: Progress,
+) -> None:
+  """Writes batches that are in the order of the files."""
+  writer = None
+  for number, (places, batch) in enumerate(encoded, start=1):
+    shard = places.start // shards.size
+    records = [_record(batch, row) for row in range(len(places))]
+    if number == 1:
+      _check_room(shards, len(records[0]))
+    writer = writer or record_files.RecordWriter(shards.path(shard))
+    for record in records:
+      writer.write(record)
+    if places.stop == shards.records(shard).stop:
+      writer.close()
+      writer = None
+    progress.advance(number)
 
 
-def _fetched(batch: dict[str, Any]) -> dict[str, Any]:
-  """On the host, without the rows that were padding."""
-  count = batch["stop"] - batch["start"]
-  return {
-    name: np.asarray(jax.device_get(value))[:count] if np.ndim(value) else value
-    for name, value in batch.items()
-  }
+def _record(batch: dict[str, np.ndarray], row: int) -> bytes:
+  element = {name: value[row] for name, value in batch.items()}
+  if "text" in element:
+    element["text"] = element["text"][element["token_mask"]]
+  return record_files.encode(element)
 
 
-class _Writer:
-  """Turns batches into records, and records into files."""
-
-  def __init__(self, shards: _Shards, encoders: Encoders, dtype: str) -> None:
-    self._shards, self._encoders, self._dtype = shards, encoders, dtype
-    self._file: Any = None
-    self._room_checked = False
-
-  def add(self, batch: dict[str, Any]) -> None:
-    """Writes one batch; the last of a file completes it."""
-    shard, start, stop = (batch.pop(n) for n in ("shard", "start", "stop"))
-    records = list(self._records(batch))
-    if not self._room_checked:
-      self._check_room(len(records[0]))
-    temporary = self._shards.temporary(shard)
-    if self._file is None:
-      self._file = _open_writer(temporary)
-    with _os_errors(temporary):
-      for record in records:
-        self._file.write(record)
-    if stop == self._shards.records(shard).stop:
-      with _os_errors(temporary):
-        self._file.close()
-      self._file = None
-      _replace(temporary, self._shards.path(shard))
-
-  def _records(self, batch: dict[str, Any]) -> Iterator[bytes]:
-    index = batch["index"]
-    for name in ("latent", "source_latent"):
-      if name in batch:
-        batch[name] = _rounded(batch[name], self._dtype, index, "latents")
-    if "tokens" in batch:
-      self._check_text(batch)
-    if "text" in batch:
-      mask = batch["token_mask"]
-      # Padding is not stored: whatever it holds must not matter.
-      text = np.where(mask[..., None], batch["text"], 0)
-      batch["text"] = _rounded(text, self._dtype, index, "text features")
-    for row in range(len(index)):
-      record = {name: value[row] for name, value in batch.items()}
-      if "text" in record:
-        record["text"] = record["text"][record["token_mask"]]
-      yield safetensors.numpy.save(
-        {name: np.asarray(v, order="C") for name, v in record.items()}
-      )
-
-  def _check_text(self, batch: Mapping[str, Any]) -> None:
-    length = self._encoders.text_length
-    if batch["tokens"].shape[1:] != (length,):
-      raise ValueError(
-        f"tokens have the shape {batch['tokens'].shape[1:]} an example, "
-        f"text_length is {length}"
-      )
-    if ("text" in batch) != bool(self._encoders.text_encoder):
-      raise ValueError(
-        "text features and the name of their encoder come together or not at "
-        "all"
-      )
-
-  def _check_room(self, record_bytes: int) -> None:
-    """Says early that the disk is too small, from the first record's size."""
-    self._room_checked = True
-    shards = self._shards
-    left = sum(
-      len(shards.records(k))
-      for k in range(shards.count)
-      if not shards.path(k).is_file()
+def _check_room(shards: _Shards, record_bytes: int) -> None:
+  """Says early that the disk is too small, from the first record's size."""
+  missing = (k for k in range(shards.count) if not shards.path(k).is_file())
+  need = record_bytes * sum(len(shards.records(k)) for k in missing)
+  free = shutil.disk_usage(shards.root).free
+  if need > free:
+    raise OSError(
+      errno.ENOSPC,
+      f"the cache needs about {need / 2**20:.0f} MiB more, "
+      f"{free / 2**20:.0f} MiB are free",
+      str(shards.root),
     )
-    free = shutil.disk_usage(shards.root).free
-    if left * record_bytes > free:
-      raise OSError(
-        errno.ENOSPC,
-        f"the cache needs about {left * record_bytes / 2**20:.0f} MiB more, "
-        f"{free / 2**20:.0f} MiB are free",
-        str(shards.root),
-      )
-
-
-def _rounded(
-  values: np.ndarray, dtype: str, index: np.ndarray, what: str
-) -> np.ndarray:
-  """`values` (B, …) in `dtype`.
-
-  Raises:
-    ValueError: not finite, before or after; names the first example.
-  """
-  values = np.asarray(values, np.float32)
-  with np.errstate(over="ignore"):
-    rounded = values.astype(jax.numpy.dtype(dtype))
-  for array, why in (
-    (values, "the encoder gives NaN or infinity for it"),
-    (rounded, f'too large for {dtype}; set cache.dtype to "bfloat16"'),
-  ):
-    axes = tuple(range(1, array.ndim))
-    bad = ~np.isfinite(array.astype(np.float32)).all(axis=axes)
-    if bad.any():
-      raise ValueError(
-        f"the {what} of example {int(index[bad.argmax()])} are not finite: "
-        + why
-      )
-  return rounded
 
 
 def _claim(root: Path, spec: cached_lib.CacheSpec, shard_size: int) -> None:
@@ -476,7 +305,7 @@ def _finish(root: Path, spec: cached_lib.CacheSpec, shards: _Shards) -> None:
       )
     size = path.stat().st_size
     entries.append({"file": path.name, "records": records, "bytes": size})
-  for leftover in root.glob(f".*{_TEMPORARY}"):
+  for leftover in root.glob(f".*{record_files.TEMPORARY}"):
     leftover.unlink(missing_ok=True)
   manifest = {
     "format": cached_lib.FORMAT,
@@ -516,39 +345,3 @@ def _disk_full_explained(root: Path) -> Iterator[None]:
       "cache.root; the same command goes on with what is complete",
       str(root),
     ) from error
-
-
-@contextlib.contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-  """ArrayRecord's RuntimeErrors as the OSErrors that they stand for."""
-  try:
-    yield
-  except RuntimeError as error:
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOENT):
-      if os.strerror(number) in str(error):
-        reason = os.strerror(number)
-        raise OSError(number, reason, str(path)) from error
-    raise OSError(errno.EIO, str(error), str(path)) from error
-
-
-def _open_writer(path: Path) -> Any:
-  path.unlink(missing_ok=True)
-  path.touch()  # an error here says more than ArrayRecord's
-  return array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-  """Renames a file whose content is on the disk for certain."""
-  with temporary.open("rb") as stream:
-    os.fsync(stream.fileno())
-  os.replace(temporary, path)
-
-
-def _num_records(path: Path) -> int:
-  try:
-    reader = cached_lib.open_records(path)
-    count = reader.num_records()
-    reader.close()
-  except RuntimeError:
-    return -1
-  return count

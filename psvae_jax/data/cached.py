@@ -1,45 +1,26 @@
 """Latents and text that `psvae_jax.cache` has written, by index.
 
 A cache is a folder of ArrayRecord files and `manifest.json`, which is written
-last: a folder without it is not finished. A record is one example as
-safetensors bytes. The manifest says what the cache is of (`CacheSpec`), and a
-cache of anything else than what is wanted is refused.
-
-ArrayRecord checks a hash of every record that it reads, so a changed byte does
-not go unnoticed. It takes a file without its end for an empty one: sizes and
-numbers of records are compared with the manifest.
+last: a folder without it is not finished. The manifest says what the cache is
+of (`CacheSpec`), and a cache of anything else than what is wanted is refused.
+The files' sizes and numbers of records are compared with it, and every record
+that is read with its hash.
 """
 
 import dataclasses
-import functools
 import json
-import math
 import operator
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from array_record.python import array_record_module
+
+from psvae_jax.data import record_files
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-
-# What a record's tensors may be, in safetensors' names.
-_DTYPES = {
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-  "I64": np.dtype(np.int64),
-  "I32": np.dtype(np.int32),
-  "U8": np.dtype(np.uint8),
-  "BOOL": np.dtype(np.bool_),
-}
-# One record at a time, from anywhere in the file.
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-_READER_BUFFER_BYTES = 32768
 
 
 class CacheError(ValueError):
@@ -138,7 +119,7 @@ class CachedSource:
     shard, row = divmod(index, self._shard_size)
     reader = self._readers[shard] or self._open(shard)
     try:
-      return decode(reader.read([row])[0])
+      return _padded(record_files.decode(reader.read([row])[0]))
     except (RuntimeError, ValueError, KeyError) as error:
       raise self._damaged(shard, f"record {row}: {error}") from error
 
@@ -169,7 +150,9 @@ class CachedSource:
     with self._lock:
       if self._readers[shard] is None:
         try:
-          reader = open_records(self.root / self._shards[shard]["file"])
+          reader = record_files.open_reader(
+            self.root / self._shards[shard]["file"]
+          )
         except RuntimeError as error:
           raise self._damaged(shard, str(error)) from error
         found, wanted = reader.num_records(), self._shards[shard]["records"]
@@ -212,57 +195,14 @@ def remedy(root: Path) -> str:
   )
 
 
-def open_records(path: Path) -> Any:
-  """An ArrayRecord reader for single records from anywhere.
-
-  Raises:
-    RuntimeError: the file cannot be read.
-  """
-  return array_record_module.ArrayRecordReader(
-    str(path),
-    options=_READER_OPTIONS,
-    file_reader_buffer_size=_READER_BUFFER_BYTES,
-  )
-
-
-def decode(record: bytes) -> dict[str, Any]:
-  """One record's bytes → element; text features are padded with zeros.
-
-  Raises:
-    ValueError: not a record of a cache.
-  """
-  # A safetensors file's layout: length of the header, header, tensors. There
-  # are few headers and many records, and reading one costs more than the rest.
-  start = 8 + int.from_bytes(record[:8], "little")
-  element = {
-    name: np.frombuffer(record, dtype, count, start + offset).reshape(shape)
-    for name, dtype, shape, count, offset in _layout(record[8:start])
-  }
+def _padded(element: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Text features of the real tokens → of all, 0 where there is padding."""
   if "text" in element:
     mask, real = element["token_mask"], element["text"]
     text = np.zeros((len(mask), real.shape[-1]), real.dtype)
     text[mask] = real
     element["text"] = text
   return element
-
-
-@functools.lru_cache(maxsize=1024)
-def _layout(header: bytes) -> list[tuple[str, np.dtype, tuple, int, int]]:
-  """Name, dtype, shape, number of values and offset of a record's tensors."""
-  try:
-    tensors = json.loads(header)
-    return [
-      (
-        name,
-        _DTYPES[tensor["dtype"]],
-        tuple(tensor["shape"]),
-        math.prod(tensor["shape"]),
-        tensor["data_offsets"][0],
-      )
-      for name, tensor in tensors.items()
-    ]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f"no header of safetensors: {error}") from error
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_cache
 
+from psvae_jax import cache
 from psvae_jax.data import cached
 
 
@@ -180,10 +181,10 @@ def test_cut_manifest(root):
 
 
 def test_spec_that_fits_and_one_that_does_not(root):
-  spec = tiny_cache.encoders().spec(tiny_cache.viewed(), "float16")
+  spec = cache.make_spec(tiny_cache.viewed(), tiny_cache.encoders(), "float16")
   assert cached.CachedSource(root, spec).spec == spec.to_json()
-  other = tiny_cache.encoders(autoencoder="b").spec(
-    tiny_cache.viewed(), "float32"
+  other = cache.make_spec(
+    tiny_cache.viewed(), tiny_cache.encoders(autoencoder="b"), "float32"
   )
   with pytest.raises(
     cached.CacheError,
