@@ -1,6 +1,7 @@
 """A tiny generator with random parameters, without training."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class TinyGenerator:
 
 def build(encoder_folder: Path, num_classes: int = 0) -> TinyGenerator:
   """Builds it around a saved encoder; with classes instead of text if any."""
-  base = tiny_autoencoder.build(encoder_folder)
+  base = _base(encoder_folder)
   text_encoder = None
   if not num_classes:
     text_encoder = load_text_encoder(EMBEDDED_TEXT_ENCODER, max_length=LENGTH)
@@ -92,8 +93,19 @@ def build(encoder_folder: Path, num_classes: int = 0) -> TinyGenerator:
     text, mask = jax.device_get(text_encoder([""]))
     text = np.where(mask[..., None], text, 0)
     frozen["null"] = {"text": text, "text_mask": mask}
-  params = tiny.randomise(jax.jit(generator.init)(jax.random.key(0)))
+  shapes = jax.eval_shape(generator.init, jax.random.key(0))
+  params = tiny.randomise(jax.tree_util.tree_map_with_path(_start, shapes))
   return TinyGenerator(generator, params, frozen, text_encoder)
+
+
+# One compilation and one load of the encoder for all that is built around it.
+_base = functools.cache(tiny_autoencoder.build)
+
+
+def _start(path: Any, leaf: Any) -> np.ndarray:
+  """Ones for gains, else zeros: on the host, where it costs nothing."""
+  fill = np.ones if path[-1].key == "scale" else np.zeros
+  return fill(leaf.shape, leaf.dtype)
 
 
 SAMPLE = SampleConfig(steps=3, guidance=2.0, image_guidance=1.5, shift=2.0)
@@ -101,7 +113,7 @@ SAMPLE = SampleConfig(steps=3, guidance=2.0, image_guidance=1.5, shift=2.0)
 
 def autoencoder(encoder_folder: Path, seed: int = 0) -> PSVAE:
   """A `PSVAE` of random parameters; the seed changes the tuned encoder."""
-  base = tiny_autoencoder.build(encoder_folder)
+  base = _base(encoder_folder)
   described = autoencoder_lib.describe(
     base.config, load_encoder(encoder_folder)
   )
