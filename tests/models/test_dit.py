@@ -40,17 +40,30 @@ def inputs(batch=2, seed=0):
   return noisy, t, {"text": text, "text_mask": mask}
 
 
+def condition_of(module):
+  if module.num_classes:
+    return {"labels": np.array([1, 2])}
+  return inputs()[2]
+
+
 @functools.cache
-def initial(module):
-  noisy, t, text = inputs()
-  condition = {"labels": np.array([1, 2])} if module.num_classes else text
-  # A source changes nothing: every parameter is there without one.
-  init = jax.jit(functools.partial(module.init, jax.random.key(0)))
-  return init(noisy, t, source=noisy, **condition)["params"]
+def shapes(module):
+  """Without a source; it adds no parameter, as a test says."""
+  noisy, t, _ = inputs()
+  init = functools.partial(module.init, jax.random.key(0))
+  return jax.eval_shape(init, noisy, t, **condition_of(module))["params"]
 
 
-def params_of(module):
-  return tiny.randomise(initial(module))
+@functools.cache
+def params_of(module, scale=0.3):
+  """Nothing is zero, nothing is one, and nothing is compiled."""
+
+  def start(path, x):
+    is_gain = jax.tree_util.keystr(path).endswith("_norm']")
+    return np.full(x.shape, float(is_gain), x.dtype)
+
+  start = jax.tree_util.tree_map_with_path(start, shapes(module))
+  return tiny.randomise(start, scale=scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,23 +77,20 @@ def run(module=TEXT, **change):
   return np.asarray(apply(module, params_of(module), **given))
 
 
-def test_velocity_is_zero_at_the_start_and_float32():
+@pytest.mark.parametrize("depth, dtype", [(1, jnp.float32), (0, jnp.bfloat16)])
+def test_velocity_is_zero_at_the_start_and_float32(depth, dtype):
   noisy, t, text = inputs()
-  plain = dataclasses.replace(CONFIG, head_depth=0)
-  for config, dtype in [(CONFIG, jnp.float32), (plain, jnp.bfloat16)]:
-    module = dataclasses.replace(TEXT, config=config, dtype=dtype)
-    fresh = initial(module)
-    assert {x.dtype for x in jax.tree.leaves(fresh)} == {np.dtype("float32")}
-    v = apply(module, fresh, noisy, t, source=noisy, **text)
-    assert v.shape == noisy.shape and v.dtype == jnp.float32
-    assert not np.any(v)
-
-
-def test_parameters_do_not_depend_on_a_source():
-  noisy, t, text = inputs()
-  plain = jax.eval_shape(TEXT.init, jax.random.key(0), noisy, t, **text)
-  shapes = jax.tree.map(jnp.shape, initial(TEXT))
-  assert jax.tree.map(lambda x: x.shape, plain["params"]) == shapes
+  config = dataclasses.replace(CONFIG, head_depth=depth)
+  module = dataclasses.replace(TEXT, config=config, dtype=dtype)
+  start = jax.jit(module.init_with_output)
+  v, variables = start(jax.random.key(0), noisy, t, source=noisy, **text)
+  assert v.shape == noisy.shape and v.dtype == jnp.float32
+  assert not np.any(v)
+  params = variables["params"]
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  # Made with a source, and the same as without.
+  want = jax.tree.map(lambda x: x.shape, shapes(module))
+  assert jax.tree.map(jnp.shape, params) == want
 
 
 def test_padded_text_changes_nothing():
@@ -279,7 +289,7 @@ def test_rotary_logits_depend_on_offsets_alone():
 def test_bfloat16_is_close_to_float32():
   noisy, _, _ = inputs()
   half = dataclasses.replace(TEXT, dtype=jnp.bfloat16)
-  params = tiny.randomise(initial(TEXT), scale=0.1)
+  params = params_of(TEXT, 0.15)
   _, t, text = inputs()
   want = apply(TEXT, params, noisy, t, source=noisy, **text)
   got = apply(half, params, noisy, t, source=noisy, **text)
@@ -352,7 +362,7 @@ def test_eight_devices_agree_with_one():
 
 def test_matrices_are_sharded_as_the_autoencoder_s():
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4), jax.devices())
-  shardings = sharding.infer_sharding(initial(TEXT), mesh)
+  shardings = sharding.infer_sharding(shapes(TEXT), mesh)
   block = jax.tree.map(lambda s: tuple(s.spec), shardings["trunk"]["block"])
   column, row = (None, "fsdp", "tensor"), (None, "tensor", "fsdp")
   attention, mlp = block["attention"], block["mlp"]
