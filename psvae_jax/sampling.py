@@ -8,7 +8,6 @@ shape, solver or number of steps, and turning guidance on or off.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from psvae_jax import flow, guidance, samplers, sharding
+from psvae_jax import flow, guided_flow, samplers, sharding
 from psvae_jax.config import SampleConfig
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.models.generator import Condition, Generator, Params
@@ -26,45 +25,6 @@ from psvae_jax.pretrained.tokenizer import Tokenizer
 from psvae_jax.sharding import constrain
 
 _MAX_SEED = 2**32
-
-# Guidance's evaluations of one step, by what each sees. They are rows of one
-# batch: k times as large, one forward pass.
-_PLAIN = ("full",)
-_TEXT = ("null", "full")
-_EDIT_TEXT = ("source", "full")
-_EDIT = ("null", "source", "full")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scales:
-  """Arguments of guidance, as host scalars."""
-
-  text: float
-  image: float
-  low: float
-  high: float
-
-  @classmethod
-  def of(cls, settings: SampleConfig) -> "_Scales":
-    return cls(
-      settings.guidance,
-      settings.image_guidance,
-      settings.guidance_low,
-      settings.guidance_high,
-    )
-
-  def branches(self, edit: bool) -> tuple[str, ...]:
-    """Which evaluations a step needs; guidance that is 1 needs none."""
-    if self.low > self.high:
-      return _PLAIN
-    if edit and self.image != 1:
-      return _EDIT
-    if self.text == 1:
-      return _PLAIN
-    return _EDIT_TEXT if edit else _TEXT
-
-  def array(self) -> np.ndarray:
-    return np.array([self.text, self.image, self.low, self.high], np.float32)
 
 
 class ImageSampler:
@@ -106,7 +66,8 @@ class ImageSampler:
     self._image_features_fn = jax.jit(self._trace_image_features)
     self._text_features_fn = jax.jit(self._trace_text_features)
     self._solve_fn = jax.jit(
-      self._trace_solve, static_argnames=("solver", "branches", "keep")
+      functools.partial(guided_flow.solve, generator),
+      static_argnames=("solver", "branches", "keep"),
     )
     self._gather_fn = jax.jit(constrain)  # whole on every device and host
 
@@ -319,50 +280,6 @@ class ImageSampler:
     pixels = self.generator.decode(frozen, z)
     return constrain(to_uint8(pixels.astype(jnp.float32)))
 
-  def _trace_solve(
-    self,
-    params: Params,
-    frozen: Params,
-    x: jax.Array,
-    condition: Condition,
-    source: jax.Array | None,
-    grid: jax.Array,
-    scales: jax.Array,
-    *,
-    solver: str,
-    branches: tuple[str, ...],
-    keep: tuple[int, ...],
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """x at the grid's first time → x at its last, and x₀-estimates."""
-    count, width = x.shape[0], len(branches)
-    null = self.generator.null_condition(frozen, count)
-    seen = {"null": null, "source": null, "full": condition}
-    given = jax.tree.map(_interleave, *(seen[name] for name in branches))
-    mask = None
-    if source is not None:
-      source = _interleave(*[source] * width)
-      if "null" in branches:
-        mask = jnp.array([name != "null" for name in branches])
-        mask = jnp.tile(mask, count)
-
-    def velocity_fn(x, t):
-      v = self.generator.velocity(
-        params,
-        _interleave(*[x] * width),
-        jnp.full((count * width,), t),
-        given,
-        source,
-        mask,
-      )
-      v = v.reshape(count, width, *v.shape[1:])
-      v = {name: v[:, i] for i, name in enumerate(branches)}
-      return _guided(v, branches, t, scales)
-
-    out = samplers.integrate(
-      velocity_fn, x, grid, solver, keep, keep_denoised=True
-    )
-    return out if keep else (out, None)
-
   # --- host side ---
 
   def _solve(
@@ -377,7 +294,6 @@ class ImageSampler:
     source: jax.Array | None = None,
     keep: tuple[int, ...] = (),
   ) -> tuple[jax.Array, jax.Array | None]:
-    scales = _Scales.of(settings)
     grid = _grid(settings) if grid is None else grid
     conditions = ("tokens", "mask", "labels")
     rows = {name: rows[name] for name in conditions if name in rows}
@@ -388,9 +304,9 @@ class ImageSampler:
       self._condition_fn(frozen, rows),
       source,
       self._put_whole(grid.astype(np.float32)),
-      self._put_whole(scales.array()),
+      self._put_whole(guided_flow.scales(settings)),
       solver=settings.solver,
-      branches=scales.branches(edit=source is not None),
+      branches=guided_flow.branches(settings, edit=source is not None),
       keep=keep,
     )
 
@@ -491,34 +407,6 @@ def _put(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
   return jax.make_array_from_callback(
     value.shape, where, lambda index: value[index]
   )
-
-
-def _interleave(*parts: jax.Array) -> jax.Array:
-  """k arrays (B, …) → (B · k, …), an example's rows side by side.
-
-  Blocks one after another would move rows between devices in every step.
-  """
-  rows = jnp.stack(parts, axis=1)
-  rows = rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
-  return constrain(rows, sharding.BATCH_AXES)
-
-
-def _guided(
-  v: dict[str, jax.Array],
-  branches: tuple[str, ...],
-  t: jax.Array,
-  scales: jax.Array,
-) -> jax.Array:
-  """One velocity from those of the branches."""
-  text, image, low, high = scales
-  inside = functools.partial(guidance.interval_scale, t, low=low, high=high)
-  if branches == _PLAIN:
-    return v["full"]
-  if branches == _EDIT:
-    return guidance.edit_guided(
-      v["null"], v["source"], v["full"], inside(image), inside(text)
-    )
-  return guidance.text_guided(v[branches[0]], v["full"], inside(text))
 
 
 def _grid(settings: SampleConfig, start: float = 1.0) -> np.ndarray:
