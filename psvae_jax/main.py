@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from psvae_jax import cli
+from psvae_jax import cli, memory
 from psvae_jax.config import Config, ConfigError
 from psvae_jax.config import parser as config_parser
 
@@ -245,6 +245,7 @@ def command() -> None:
   if cli.wants_help(sys.argv[1:]):
     print(USAGE, end="")
     return
+  memory.keep_freed_memory()
   try:
     argv = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
   except flags.Error as error:  # a --flagfile that is not there

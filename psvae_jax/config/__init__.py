@@ -527,12 +527,16 @@ class ComputeConfig:
     unroll: blocks per iteration of a scanned stack.
     convolution: "native", or "matmul": as slices and matrix products, which
       CPUs want where convolutions stand in a loop or under a condition.
+    products: of the generator's blocks: "native", in `dtype`; or "mixed":
+      operands rounded to bfloat16, results and all else in float32, which
+      CPUs with AMX want.
   """
 
   dtype: str = "float32"
   remat: bool = False
   unroll: int = 1
   convolution: str = "native"
+  products: str = "native"
 
 
 # Stage name → (type of `config.model`, type of the stage's own section).

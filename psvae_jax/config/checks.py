@@ -31,6 +31,7 @@ _CHOICES = {
   "eval.probe": ("scenes", "none"),
   "compute.dtype": ("float32", "bfloat16", "float64"),
   "compute.convolution": ("native", "matmul"),
+  "compute.products": ("native", "mixed"),
   "model.final_norm": ("affine", "affine_free"),
   "model.pixel_decoder.kind": ("conv", "vit"),
   "discriminator.kind": ("patch", "dino"),
@@ -429,6 +430,15 @@ def _check_generator(config: Config) -> None:
     )
 
 
+def _check_products(config: Config) -> None:
+  if config.compute.products == "mixed" and config.compute.dtype != "float32":
+    raise ConfigError(
+      f"config.compute.products='mixed' with config.compute.dtype="
+      f"{config.compute.dtype!r}: mixed products leave float32; set dtype="
+      "'float32', or products='native'"
+    )
+
+
 def _check_views(config: Config) -> None:
   plain = config.data.augment in ("none", "center")
   if config.cache.enabled and config.cache.views > 1 and plain:
@@ -509,6 +519,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_generator,
   _check_edit_folders,
   _check_edits,
+  _check_products,
   _check_views,
   _check_guidance,
 )

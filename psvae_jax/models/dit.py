@@ -49,6 +49,20 @@ _TIME_CHANNELS = 256  # sinusoids of t, as DiT
 _embedding_init = nn.initializers.normal(0.02)
 
 
+def trunk_config(config: DiTConfig, products: str = "native") -> DiTBlockConfig:
+  """Shape of a block of the trunk."""
+  return block_config(
+    config.width, config.num_heads, config.mlp_ratio, products
+  )
+
+
+def head_config(config: DiTConfig, products: str = "native") -> DiTBlockConfig:
+  """Shape of a block of the head."""
+  return block_config(
+    config.head_width, config.head_num_heads, config.mlp_ratio, products
+  )
+
+
 class TimeEmbedding(nn.Module):
   """t in [0, 1] of any shape → (…, D): sinusoids, Dense, SiLU, Dense (DiT)."""
 
@@ -218,6 +232,7 @@ class DiT(nn.Module):
     remat: recompute each block's activations in the backward pass.
     unroll: blocks per iteration of the trunk's compiled loop.
     dtype: compute dtype.
+    products: how the blocks' Dense layers multiply, see `products`.
   """
 
   config: DiTConfig
@@ -228,6 +243,7 @@ class DiT(nn.Module):
   remat: bool = False
   unroll: int = 1
   dtype: Dtype = jnp.float32
+  products: str = "native"
 
   @nn.compact
   def __call__(
@@ -259,85 +275,87 @@ class DiT(nn.Module):
       ValueError: inputs that the attributes do not fit.
     """
     self._check(noisy, text, labels, source)
-    config = self.config
-    batch, height, width, _ = noisy.shape
-    grid, count = (height, width), height * width
-    trunk = block_config(config.width, config.num_heads, config.mlp_ratio)
-
-    if labels is None:
-      if text_mask is None:
-        text_mask = jnp.ones(text.shape[:2], bool)
-      text_tokens, pooled = TextCondition(
-        config.width, self.text_length, self.dtype, name="text"
-      )(text, text_mask)
-    else:
-      embed = nn.Embed(
-        self.num_classes + 1,
-        config.width,
-        embedding_init=_embedding_init,
-        dtype=self.dtype,
-        name="label",
-      )
-      pooled = embed(labels)
-      text_tokens = pooled[:, None]
-      text_mask = jnp.ones((batch, 1), bool)
-
-    embed_latents = nn.Dense(
-      config.width, dtype=self.dtype, name="latent_embedding"
-    )
+    config, batch, grid = self.config, noisy.shape[0], noisy.shape[1:3]
+    if source is not None and source_mask is None:
+      source_mask = jnp.ones((batch,), bool)
+    shape = trunk_config(config, self.products)
+    given, text_mask, pooled = self._condition(text, text_mask, labels)
+    embed = nn.Dense(config.width, dtype=self.dtype, name="latent_embedding")
     types = self.param("type_embedding", _embedding_init, (3, config.width))
     types = types.astype(self.dtype)
-    latents = noisy.reshape(batch, count, self.channels)
-    noisy_tokens = embed_latents(latents) + types[_NOISY]
-    parts, masks = [text_tokens + types[_TEXT]], [text_mask]
-    turns = rotary.grid_angles(*grid, trunk.head_dim)
-    angles = [np.zeros((text_tokens.shape[1], trunk.head_dim // 2))]
+    turns = rotary.grid_angles(*grid, shape.head_dim)
+    still = np.zeros((given.shape[1], shape.head_dim // 2))
+
+    # Tokens, which of them are there, and their angles.
+    latents = noisy.reshape(batch, -1, self.channels)
+    there = jnp.ones(latents.shape[:2], bool)
+    parts = [
+      (given + types[_TEXT], text_mask, still),
+      (embed(latents) + types[_NOISY], there, turns),
+    ]
     if source is not None:
-      if source_mask is None:
-        source_mask = jnp.ones((batch,), bool)
-      source = jnp.where(source_mask[:, None, None, None], source, 0)
-      source = embed_latents(source.reshape(batch, count, self.channels))
-      parts.insert(0, source + types[_SOURCE])
-      masks.insert(0, jnp.repeat(source_mask[:, None], count, axis=1))
-      angles.insert(0, turns)
-    parts.append(noisy_tokens)
-    masks.append(jnp.ones((batch, count), bool))
-    angles.append(turns)
+      source = source.reshape(latents.shape)
+      source = jnp.where(source_mask[:, None, None], source, 0)
+      kept = there & source_mask[:, None]
+      parts.insert(0, (embed(source) + types[_SOURCE], kept, turns))
+    tokens, masks, angles = zip(*parts, strict=True)
 
     times = jnp.stack([jnp.zeros_like(t), t], axis=1)  # clean, noisy
     condition = TimeEmbedding(config.width, self.dtype, name="time")(times)
     condition = condition + pooled[:, None]
-    tokens = Trunk(
-      trunk,
+    trunk = Trunk(
+      shape,
       config.depth,
-      clean=sum(part.shape[1] for part in parts[:-1]),
+      clean=sum(part.shape[1] for part in tokens[:-1]),
       remat=self.remat,
       unroll=self.unroll,
       dtype=self.dtype,
       name="trunk",
-    )(
-      jnp.concatenate(parts, axis=1),
+    )
+    x = trunk(
+      jnp.concatenate(tokens, axis=1),
       nn.silu(condition),
       jnp.asarray(np.concatenate(angles), wide(self.dtype)),
       jnp.concatenate(masks, axis=1),
     )
     condition = condition[:, 1:]
     if config.head_depth:
-      head = block_config(
-        config.head_width, config.head_num_heads, config.mlp_ratio
-      )
-      velocity = DDTHead(
-        head,
+      head = DDTHead(
+        head_config(config, self.products),
         config.head_depth,
         self.channels,
         self.remat,
         self.dtype,
         name="head",
-      )(latents, rms_norm(tokens).astype(self.dtype) + condition, grid)
-    else:
-      final = FinalLayer(self.channels, self.dtype, name="final")
-      velocity = final(tokens, nn.silu(condition))
-    return velocity.reshape(noisy.shape)
+      )
+      x = rms_norm(x).astype(self.dtype) + condition
+      return head(latents, x, grid).reshape(noisy.shape)
+    final = FinalLayer(self.channels, self.dtype, name="final")
+    return final(x, nn.silu(condition)).reshape(noisy.shape)
+
+  def _condition(
+    self,
+    text: jax.Array | None,
+    text_mask: jax.Array | None,
+    labels: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens (B, L, D), which are real (B, L), and what adaLN reads (B, D)."""
+    width = self.config.width
+    if labels is None:
+      if text_mask is None:
+        text_mask = jnp.ones(text.shape[:2], bool)
+      module = TextCondition(width, self.text_length, self.dtype, name="text")
+      tokens, pooled = module(text, text_mask)
+      return tokens, text_mask, pooled
+    embed = nn.Embed(
+      self.num_classes + 1,
+      width,
+      embedding_init=_embedding_init,
+      dtype=self.dtype,
+      name="label",
+    )
+    pooled = embed(labels)
+    return pooled[:, None], jnp.ones((*labels.shape, 1), bool), pooled
 
   def _check(self, noisy, text, labels, source) -> None:
     """Errors in terms of what the caller passed."""

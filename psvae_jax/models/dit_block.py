@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psvae_jax.models import layers, rotary
+from psvae_jax.models import layers, products, rotary
 
 Dtype = Any
 
@@ -45,11 +45,13 @@ class DiTBlockConfig:
     width: token dimension D.
     num_heads: attention heads.
     mlp_hidden: hidden width of the SwiGLU.
+    products: how Dense layers multiply, one of `products.KINDS`.
   """
 
   width: int
   num_heads: int
   mlp_hidden: int
+  products: str = "native"
 
   def __post_init__(self):
     if self.width % self.num_heads:
@@ -63,7 +65,7 @@ class DiTBlockConfig:
 
 
 def block_config(
-  width: int, num_heads: int, mlp_ratio: float
+  width: int, num_heads: int, mlp_ratio: float, products: str = "native"
 ) -> DiTBlockConfig:
   """A block whose SwiGLU is about width · mlp_ratio wide.
 
@@ -72,7 +74,7 @@ def block_config(
   hidden = width * mlp_ratio
   multiple = 8 if hidden < 1024 else 128
   hidden = max(1, round(hidden / multiple)) * multiple
-  return DiTBlockConfig(width, num_heads, hidden)
+  return DiTBlockConfig(width, num_heads, hidden, products)
 
 
 class Modulation(nn.Module):
@@ -116,9 +118,18 @@ class JointAttention(nn.Module):
     heads, head_dim = self.config.num_heads, self.config.head_dim
 
     # Plain Dense + reshape: DenseGeneral cannot be constrained under a mesh.
+    def dense(tokens, name):
+      layer = nn.Dense(
+        self.config.width,
+        dtype=self.dtype,
+        dot_general=products.dot_general(self.config.products),
+        name=name,
+      )
+      return layer(tokens)
+
     def project(tokens, name):
-      dense = nn.Dense(self.config.width, dtype=self.dtype, name=name)
-      return dense(tokens).reshape(*tokens.shape[:2], heads, head_dim)
+      projected = dense(tokens, name)
+      return projected.reshape(*tokens.shape[:2], heads, head_dim)
 
     def normed(tokens, angles, name):
       scale = self.param(f"{name}_norm", nn.initializers.ones, (head_dim,))
@@ -130,7 +141,7 @@ class JointAttention(nn.Module):
     key = normed(x, angles, "key")
     out = layers.attend(query, key, project(x, "value"), mask)
     out = out.reshape(*out.shape[:2], self.config.width)
-    return nn.Dense(self.config.width, dtype=self.dtype, name="out")(out)
+    return dense(out, "out")
 
 
 class DiTBlock(nn.Module):
@@ -186,7 +197,8 @@ class DiTBlock(nn.Module):
     mlp = layers.BlockConfig(
       width, config.num_heads, config.mlp_hidden, swiglu=True
     )
-    branch = layers.Mlp(mlp, self.dtype, name="mlp")(normed)
+    dot_general = products.dot_general(config.products)
+    branch = layers.Mlp(mlp, self.dtype, dot_general, name="mlp")(normed)
     return self._add(x, gate2, branch)
 
   def _spread(self, vectors: jax.Array, x: jax.Array) -> jax.Array:

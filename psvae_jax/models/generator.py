@@ -198,5 +198,6 @@ def build(
     remat=compute.remat,
     unroll=compute.unroll,
     dtype=jnp.dtype(compute.dtype),
+    products=compute.products,
   )
   return Generator(config, autoencoder, dit, text_encoder)

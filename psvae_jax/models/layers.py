@@ -138,21 +138,34 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Dense → activation → Dense, or its SwiGLU form: (…, D) → (…, D)."""
+  """Dense → activation → Dense, or its SwiGLU form: (…, D) → (…, D).
+
+  Attributes:
+    config: the block's hyper-parameters.
+    dtype: compute dtype.
+    dot_general: of the Dense layers; None is JAX's.
+  """
 
   config: BlockConfig
   dtype: Dtype = jnp.float32
+  dot_general: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     config = self.config
-    hidden = nn.Dense(config.mlp_hidden, dtype=self.dtype, name="fc1")(x)
+
+    def dense(x, width, name):
+      layer = nn.Dense(
+        width, dtype=self.dtype, dot_general=self.dot_general, name=name
+      )
+      return layer(x)
+
+    hidden = dense(x, config.mlp_hidden, "fc1")
     if config.swiglu:
-      gate = nn.Dense(config.mlp_hidden, dtype=self.dtype, name="gate")(x)
-      hidden = nn.silu(gate) * hidden
+      hidden = nn.silu(dense(x, config.mlp_hidden, "gate")) * hidden
     else:
       hidden = ACTIVATIONS[config.activation](hidden)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+    return dense(hidden, x.shape[-1], "fc2")
 
 
 class LayerScale(nn.Module):
