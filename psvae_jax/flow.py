@@ -86,6 +86,7 @@ def draw_times(
   mean: float = 0.0,
   std: float = 1.0,
   shift: float = 1.0,
+  stratified: bool = False,
 ) -> jax.Array:
   """Times of training examples: logit-normal, then shifted (paper section 4).
 
@@ -94,13 +95,25 @@ def draw_times(
     shape: of the result.
     mean, std: of the normal whose logistic is t before the shift.
     shift: s of `shift_time`.
+    stratified: one time from each of as many equally likely intervals, in
+      order (arXiv 2107.00630, appendix I): each has the same distribution, and
+      a batch's loss less variance.
 
   Returns:
     times strictly between 0 and 1.
   """
   # A shift is an offset of the logit: unlike `shift_time` of a rounded t, this
   # keeps times near 1 apart.
-  logit = mean + std * jax.random.normal(rng, shape) + jnp.log(shift)
+  if stratified:
+    count = math.prod(shape)
+    share = jnp.arange(count).reshape(shape) + jax.random.uniform(rng, shape)
+    # Inside of (0, 1), whichever way the sum was rounded.
+    info = jnp.finfo(share.dtype)
+    share = jnp.clip(share / count, info.tiny, 1 - info.epsneg)
+    normal = jax.scipy.special.ndtri(share)
+  else:
+    normal = jax.random.normal(rng, shape)
+  logit = mean + std * normal + jnp.log(shift)
   info = jnp.finfo(logit.dtype)
   return jnp.clip(jax.nn.sigmoid(logit), info.tiny, 1 - info.epsneg)
 

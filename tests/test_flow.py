@@ -257,3 +257,20 @@ def test_a_diffusion_model_gives_the_velocity_of_the_flow(schedule):
     _gaussian_velocity(noisy / scale, t, mean, factor),
     atol=1e-12,
   )
+
+
+def test_stratified_times_take_one_from_each_interval():
+  count, draws = 64, 40
+  keys = jax.random.split(jax.random.key(0), draws)
+  times = np.stack(
+    [flow.draw_times(k, (count,), 0.3, 1.2, 2.0, stratified=True) for k in keys]
+  ).astype(np.float64)
+  share = scipy.stats.norm.cdf(
+    (np.log(times / (1 - times)) - np.log(2.0) - 0.3) / 1.2
+  )
+  places = np.arange(count)
+  assert np.all(share > (places - 1e-3) / count)
+  assert np.all(share < (places + 1 + 1e-3) / count)
+  # Within its interval a time lies anywhere.
+  inside = (share * count - places).ravel()
+  assert scipy.stats.kstest(inside, "uniform").pvalue > 1e-3

@@ -254,6 +254,7 @@ class FlowConfig:
 
   Attributes:
     time_mean, time_std: of the normal whose logistic is t before the shift.
+    stratified: draw a batch's times from equally likely intervals, one each.
     shift: time shift s of training; 0 takes max(1, sqrt(h · w · C / 4096)).
     text_dropout: share of examples whose text (or class) is the null one.
     source_dropout: share of edit examples without source latents.
@@ -263,6 +264,7 @@ class FlowConfig:
 
   time_mean: float = 0.0
   time_std: float = 1.0
+  stratified: bool = False
   shift: float = 0.0
   text_dropout: float = 0.1
   source_dropout: float = 0.1

@@ -168,7 +168,12 @@ class GeneratorTask:
     examples |= {
       "noise": jax.random.normal(rngs[0], latent.shape, latent.dtype),
       "t": flow.draw_times(
-        rngs[1], size, weights.time_mean, weights.time_std, self.shift
+        rngs[1],
+        size,
+        weights.time_mean,
+        weights.time_std,
+        self.shift,
+        weights.stratified,
       ).astype(latent.dtype),
       "condition": self.generator.drop(frozen, condition, dropped),
     }
