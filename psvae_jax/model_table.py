@@ -10,7 +10,6 @@ DINO discriminator are loaded ("random:facebook/dino-vits8" will do).
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psvae_jax import cli, train, train_state
-from psvae_jax.config import Config, ConfigError
+from psvae_jax import cli, cost_table, generator_table, train, train_state
+from psvae_jax.config import (
+  AutoencoderModel,
+  Config,
+  ConfigError,
+  GeneratorModel,
+)
 from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.models.autoencoder import MODULES
@@ -34,18 +38,23 @@ from psvae_jax.train_state import TrainState
 USAGE = """\
 Usage: python -m psvae_jax.model_table --config=FILE[:VARIANT] [--json]
 
-Prints what an autoencoder costs, counted from the code: parameters and forward
-FLOPs of every module; FLOPs of a training step and memory of each stage. Only
-the encoder's config.json is needed, and for published DINOv2 ids not even that;
-with discriminator.kind=dino also its weights (random:facebook/dino-vits8 will
-do). Nothing is compiled or run; it takes half a minute.
+Prints what an autoencoder or a generator costs, counted from the code:
+parameters and forward FLOPs of every module; FLOPs of a training step and
+memory of each stage. Only the encoders' config.json are needed, and for
+published DINOv2 and T5 ids not even those; with discriminator.kind=dino also
+its weights (random:facebook/dino-vits8 will do). Nothing is compiled or run; it
+takes half a minute.
 
 A step's FLOPs are those of its matrix products and convolutions, with the
 adversary at work. "Kept for backward" is what the autoencoder's forward pass
-saves for its backward pass, before the compiler rearranges anything.
+saves for its backward pass, before the compiler rearranges anything; a
+generator's is the DiT's.
 
   --config=FILE[:VARIANT]  the job, as for psvae_jax.main
   --config.FIELD=VALUE     any field of it
+  --autoencoder=FILE[:VARIANT]
+                           of a generator's job: that of the autoencoder whose
+                           latents it learns (a workdir's config.json is one)
   --json                   print one JSON object (exact numbers), not tables
   --help                   this page
 
@@ -54,6 +63,8 @@ Examples:
   python -m psvae_jax.model_table --config=configs/psvae.py:base,decoder=vit
   python -m psvae_jax.model_table --config=configs/psvae.py:large \\
     --config.psvae.train.batch_size=64 --json > large.json
+  python -m psvae_jax.model_table --config=configs/t2i.py:0.65B \\
+    --autoencoder=configs/psvae.py:base
 """
 
 DISCRIMINATOR = "discriminator"
@@ -133,13 +144,13 @@ def _modules(task: AutoencoderTask) -> dict[str, dict[str, int]]:
   fresh = jax.eval_shape(model.init, jax.random.key(0), task.frozen["teacher"])
   params = {"encoder": task.frozen["teacher"], **fresh}
   side, width = model.config.image_size, model.encoder.config.width
-  tokens = _float(1, model.grid, model.grid, width)
-  z = _float(1, model.grid, model.grid, model.config.channels)
+  tokens = cost_table.float32(1, model.grid, model.grid, width)
+  z = cost_table.float32(1, model.grid, model.grid, model.config.channels)
   calls = dict(
     zip(
       MODULES,
       (
-        (model.features, _float(1, side, side, 3)),
+        (model.features, cost_table.float32(1, side, side, 3)),
         (model.posterior, tokens),
         (model.decode_features, z),
         (model.decode_pixels, z),
@@ -149,15 +160,15 @@ def _modules(task: AutoencoderTask) -> dict[str, dict[str, int]]:
   )
   table = {
     name: {
-      "parameters": _count(params[name]),
+      "parameters": cost_table.count(params[name]),
       "forward_flops": count_flops(call, params[name], x),
     }
     for name, (call, x) in calls.items()
   }
   if task.discriminator is not None:
-    image = _float(1, task.image_size, task.image_size, 3)
+    image = cost_table.float32(1, task.image_size, task.image_size, 3)
     table[DISCRIMINATOR] = {
-      "parameters": _count(state.params[DISCRIMINATOR]),
+      "parameters": cost_table.count(state.params[DISCRIMINATOR]),
       "forward_flops": count_flops(
         task.discriminator.logits,
         state.params[DISCRIMINATOR],
@@ -197,7 +208,7 @@ def _stage(stage: str, config: Config) -> dict[str, Any]:
     "other_state": state.model_state,
     "frozen": task.frozen,
   }
-  sizes = {name: _bytes(tree) for name, tree in parts.items()}
+  sizes = {name: cost_table.nbytes(tree) for name, tree in parts.items()}
   return {
     "trains": list(task.modules),
     "batch_size": batch_size,
@@ -227,31 +238,18 @@ def _saved_bytes(task: AutoencoderTask, state: TrainState) -> int:
     return jax.tree.leaves(pull)
 
   def size(count):
-    noise = _float(count, grid, grid, channels)
+    noise = cost_table.float32(count, grid, grid, channels)
     images = _images(task, count)
-    return _bytes(jax.eval_shape(kept, params, task.frozen, images, noise))
+    return cost_table.nbytes(
+      jax.eval_shape(kept, params, task.frozen, images, noise)
+    )
 
   return size(2) - size(1)  # parameters are kept too, whatever the batch
-
-
-def _float(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _images(task: AutoencoderTask, count: int) -> jax.ShapeDtypeStruct:
   side = task.image_size
   return jax.ShapeDtypeStruct((count, side, side, 3), jnp.uint8)
-
-
-def _count(tree: Any) -> int:
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-  return sum(
-    math.prod(leaf.shape) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
 
 
 def format_table(table: Mapping[str, Any]) -> str:
@@ -268,87 +266,22 @@ def format_table(table: Mapping[str, Any]) -> str:
   }
   modules |= table["modules"]  # what else there is comes after the sum
   rows = [
-    [name, _number(m["parameters"], 1e6), _number(m["forward_flops"], 1e9)]
+    [
+      name,
+      cost_table.number(m["parameters"], 1e6),
+      cost_table.number(m["forward_flops"], 1e9),
+    ]
     for name, m in modules.items()
   ]
   sections = [
     head,
-    _markdown(
+    cost_table.markdown(
       ["module", "parameters, M", "forward, GFLOP an image"],
       rows,
     ),
-    _markdown(
-      [
-        "training step, an image",
-        "batch",
-        "GFLOP",
-        "GFLOP, remat",
-        "kept for backward, MiB",
-        "kept, remat, MiB",
-      ],
-      [_step_row(name, stage) for name, stage in table["stages"].items()],
-    ),
-    _markdown(
-      ["memory, MiB", *table["stages"]],
-      _memory_rows(table["stages"]),
-    ),
+    *cost_table.stage_tables(table["stages"]),
   ]
   return "\n\n".join(sections)
-
-
-def _step_row(name: str, stage: Mapping[str, Any]) -> list[str]:
-  flops, saved = stage["flops"], stage["saved_bytes"]
-  return [
-    name,
-    str(stage["batch_size"]),
-    _number(flops["plain"], 1e9),
-    _number(flops["remat"], 1e9),
-    _number(saved["plain"], 2**20),
-    _number(saved["remat"], 2**20),
-  ]
-
-
-def _memory_rows(stages: Mapping[str, Any]) -> list[list[str]]:
-  """A row for each kind of array that any of the stages holds."""
-  titles = {
-    "parameters": "trained parameters",
-    "gradients": "their gradients",
-    "optimizer": "optimizer state",
-    "ema": "moving averages",
-    "other_state": "other state",
-    "frozen": "frozen networks",
-    "total": "sum",
-  }
-  return [
-    [title, *(_number(stage["bytes"][key], 2**20) for stage in stages.values())]
-    for key, title in titles.items()
-    if any(stage["bytes"][key] for stage in stages.values())
-  ]
-
-
-def _number(value: float, unit: float) -> str:
-  """Three digits or more, without an exponent: 0.0123, 86.6, 1,049."""
-  value = value / unit
-  if value >= 100 or not value:
-    return f"{value:,.0f}"
-  return f"{value:.{max(2 - math.floor(math.log10(value)), 0)}f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table whose columns line up as plain text too."""
-  lines = [head, *rows]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-  def format_line(line):
-    first, *rest = line
-    cells = [first.ljust(widths[0])]
-    cells += [
-      cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)
-    ]
-    return f"| {' | '.join(cells)} |"
-
-  return "\n".join(map(format_line, [head, rule, *rows]))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -366,6 +299,7 @@ def main(argv: Sequence[str]) -> None:
   rest, overrides = cli.split_overrides(argv)
   parser = _Parser(allow_abbrev=False, add_help=False)
   parser.add_argument("--config")
+  parser.add_argument("--autoencoder")
   parser.add_argument("--json", action="store_true")
   flags = parser.parse_args(rest)
   # Shapes need no accelerator: leave it to whoever uses it.
@@ -374,10 +308,32 @@ def main(argv: Sequence[str]) -> None:
     if not flags.config:
       raise ConfigError("--config is missing, e.g. --config=configs/psvae.py")
     raw = config_parser.override(cli.load_config(flags.config), overrides)
-    table = make_table(config_parser.parse(raw))
+    config = config_parser.parse(raw)
+    if isinstance(config.model, GeneratorModel):
+      table = generator_table.make_table(config, _autoencoder(flags))
+      text = generator_table.format_table(table)
+    else:
+      table = make_table(config)
+      text = format_table(table)
   except (ValueError, OSError) as error:
     cli.fail(cli.one_line(error))
-  print(json.dumps(table, indent=2) if flags.json else format_table(table))
+  print(json.dumps(table, indent=2) if flags.json else text)
+
+
+def _autoencoder(flags: argparse.Namespace) -> Config:
+  """The job that --autoencoder names."""
+  if not flags.autoencoder:
+    raise ConfigError(
+      "a generator's table needs the autoencoder whose latents it learns: "
+      "--autoencoder=configs/psvae.py:VARIANT, or a workdir's config.json"
+    )
+  config = config_parser.parse(cli.load_config(flags.autoencoder))
+  if not isinstance(config.model, AutoencoderModel):
+    raise ConfigError(
+      f"--autoencoder={flags.autoencoder} is no job of an autoencoder: its "
+      f"stages are {', '.join(config.stages)}"
+    )
+  return config
 
 
 if __name__ == "__main__":

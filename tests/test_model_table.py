@@ -8,7 +8,7 @@ import jax
 import pytest
 import tiny
 
-from psvae_jax import model_table
+from psvae_jax import cost_table, model_table
 from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.optim import make_optimizer
@@ -164,4 +164,4 @@ def test_help_and_mistakes(folder, tmp_path, capsys):
   [(0, "0"), (12.345, "12.3"), (0.01234, "0.0123"), (1049.4, "1,049")],
 )
 def test_numbers(value, text):
-  assert model_table._number(value, 1) == text
+  assert cost_table.number(value, 1) == text

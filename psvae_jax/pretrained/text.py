@@ -134,7 +134,7 @@ def load_text_encoder(
       raise ValueError(f"{what} must be float32 or bfloat16, got {value}")
   folder = files.resolve_folder(name_or_path, _FILES)
   source = folder / "config.json"
-  config = _parse_config(files.read_config(folder), source)
+  config = parse_config(files.read_config(folder), source)
   if tokenizer is None:
     tokenizer_folder = folder
   else:
@@ -252,7 +252,7 @@ def _encoder_tensors(
   return tensors
 
 
-def _parse_config(raw: dict[str, Any], path: pathlib.Path) -> text.T5Config:
+def parse_config(raw: dict[str, Any], path: pathlib.Path) -> text.T5Config:
   """A published config.json → ours; errors name the file and the field."""
   if raw.get("model_type") != "t5":
     raise ValueError(
