@@ -61,17 +61,18 @@ def _miniature() -> ml_collections.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=500, keep=2)
   c.eval = dict(every_steps=1000, batch_size=64, probe="scenes")
-  c.compute = dict(dtype="float32", remat=False, unroll=6)
+  # mixed: four times the speed of float32 on CPUs with AMX.
+  c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
     condition="text",
     dit=SIZES["tiny"],
     text_encoder="",  # the embedded one
     text_length=16,  # the longest caption has 16 tokens
   )
-  c.cache = dict(num_examples=48_000, num_stats=48_000, dtype="float16")
+  c.cache = dict(num_examples=64_000, num_stats=64_000, dtype="float16")
   c.sample = dict(solver="euler", steps=50, guidance=4.0, shift=1.0)
   c.t2i = dict(
-    train=dict(steps=5000, batch_size=64, log_every=50, ema=0.999),
+    train=dict(steps=5000, batch_size=128, log_every=50, ema=0.999),
     optim=dict(
       name="muon",
       learning_rate=0.01,
@@ -81,7 +82,7 @@ def _miniature() -> ml_collections.ConfigDict:
       end_factor=0.0,
       clip=1.0,
     ),
-    loss=dict(text_dropout=0.1),
+    loss=dict(text_dropout=0.1, stratified=True),
   )
   return c
 
