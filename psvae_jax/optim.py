@@ -11,8 +11,16 @@ import optax
 from psvae_jax.config import OptimConfig
 
 # Muon's orthogonal update is meant for hidden matrices. A ViT decoder's `head`
-# is left to it all the same: the miniature's stage 1 learns colours sooner.
-_NOT_HIDDEN = ("patch_embed", "conv_out", "embedding", "relative_bias")
+# is left to it all the same: the miniature's stage 1 learns colours sooner. A
+# DiT's modulation, six matrices in one, is Adam's: it costs Muon more than
+# the rest of a block.
+_NOT_HIDDEN = (
+  "patch_embed",
+  "conv_out",
+  "embedding",
+  "relative_bias",
+  "modulation",
+)
 
 
 def make_schedule(config: OptimConfig, peak: float, steps: int):
