@@ -143,6 +143,18 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
+def constrain_batch(x: jax.Array) -> jax.Array:
+  """Splits an activation over its examples, and over nothing else.
+
+  Without a mesh, and for fewer examples than it can split (as when parameters
+  are made), the activation stays as it is.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.shape[0] % batch_shards(mesh):
+    return x
+  return constrain(x, BATCH_AXES)
+
+
 def split_batch(tree: Any, count: int) -> Any:
   """A batch → `count` equal micro-batches: (B, …) → (count, B / count, …).
 

@@ -351,7 +351,19 @@ def test_a_stage_left_out_is_still_checked():
 VARIANTS = {
   "psvae.py": ("", "gan", "photos", "bundled", "base", "large"),
   "encoder.py": ("",),
+  "t2i.py": ("", "photos", "0.65B", "1.7B", "class"),
+  "edit.py": ("", "0.65B", "1.7B"),
 }
+
+
+def shipped(name, variant):
+  """A config file's config, with the folders that its user would name."""
+  config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"](variant)
+  if config.data.source == "folder":
+    config.data.root = "photos"
+    if "edit" in config.stages:
+      config.data.edits = "edits"
+  return config
 
 
 @pytest.mark.parametrize(
@@ -359,9 +371,7 @@ VARIANTS = {
   [(name, v) for name, variants in VARIANTS.items() for v in variants],
 )
 def test_shipped_configs_parse(name, variant):
-  config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"](variant)
-  if config.data.source == "folder":
-    config.data.root = "photos"
+  config = shipped(name, variant)
   parsed = config_parser.parse(config)
   assert parsed.stages
   assert set(parsed.sections) == set(parsed.stages)
@@ -385,9 +395,7 @@ def test_unknown_variant_is_named(name):
 )
 def test_every_field_can_be_overridden(name, variant):
   """A flag can only change a field that the config file already has."""
-  config = runpy.run_path(str(_ROOT / "configs" / name))["get_config"](variant)
-  if config.data.source == "folder":
-    config.data.root = "photos"
+  config = shipped(name, variant)
   parsed = dataclasses.asdict(config_parser.parse(config))
   sections = parsed.pop("sections")
   assert config.to_dict() == {**parsed, **sections}

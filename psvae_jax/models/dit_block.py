@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psvae_jax import sharding
 from psvae_jax.models import layers, products, rotary
 
 Dtype = Any
@@ -95,7 +96,9 @@ class Modulation(nn.Module):
       dtype=self.dtype,
       name="dense",
     )
-    return jnp.split(dense(condition), self.count, axis=-1)
+    # A split over the vectors' channels would not survive their separation.
+    vectors = sharding.constrain_batch(dense(condition))
+    return jnp.split(vectors, self.count, axis=-1)
 
 
 class JointAttention(nn.Module):

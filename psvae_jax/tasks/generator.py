@@ -27,6 +27,7 @@ from psvae_jax.config.checks import edit_rows
 from psvae_jax.evaluators.edits import EditEvaluator
 from psvae_jax.evaluators.generator import GeneratorEvaluator
 from psvae_jax.models import generator as generator_lib
+from psvae_jax.models.layers import wide
 from psvae_jax.optim import TrainedModule
 from psvae_jax.pretrained.encoder import load_encoder
 from psvae_jax.pretrained.text import load_text_encoder
@@ -94,6 +95,7 @@ class GeneratorTask:
     self.image_size = self.autoencoder.output_size
     self.modules = {DIT: TrainedModule(self.section.optim)}
     self.bridge = Bridge("t2i", (DIT,)) if stage == "edit" else None
+    self._dtype = wide(jnp.dtype(config.compute.dtype))
     self._data: LatentData | None = None
     self._sampler: ImageSampler | None = None
     self._flow_loss = {
@@ -195,7 +197,7 @@ class GeneratorTask:
     else:
       z = self.generator.posterior_mean(frozen, batch[image])
       z = z.astype(self.config.cache.dtype)
-    return self.generator.normalise(frozen, z.astype(jnp.float32))
+    return self.generator.normalise(frozen, z.astype(self._dtype))
 
   def _condition(self, frozen: Params, batch: Batch) -> generator_lib.Condition:
     """What a batch's examples are conditioned on."""
@@ -210,7 +212,7 @@ class GeneratorTask:
       text = self.generator.encode_text(frozen, batch["tokens"], mask)
       text = jnp.where(mask[..., None], text, 0)
       text = text.astype(self.config.cache.dtype)
-    return {"text": text.astype(jnp.float32), "text_mask": mask}
+    return {"text": text.astype(self._dtype), "text_mask": mask}
 
   def _loss(
     self, params: Params, parts: dict[str, Any]

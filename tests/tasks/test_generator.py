@@ -198,30 +198,60 @@ def test_resumed_job_equals_an_uninterrupted_one(
   )
 
 
-def test_equal_on_one_and_eight_devices(autoencoder):
-  grads = {}
-  for count in (1, 8):
-    raw = tiny_generator_job.config("edit")
-    config = config_parser.parse(raw)
-    task = make_task("edit", config, autoencoder)
-    mesh = make_mesh(count, data=-1, fsdp=2 if count > 1 else 1)
-    task.prepare(autoencoder)
-    with jax.set_mesh(mesh):
-      frozen = sharding.put_tree(task.frozen, mesh)
-      params, _ = jax.jit(task.init)(jax.random.key(0), task.frozen)
-      params = tiny.randomise(params)
-      tx = make_optimizer(task.modules, 4)
-      state = train.train_state.create(params, {}, tx, task.modules)
-      state = jax.device_put(state, sharding.infer_sharding(state, mesh))
-      (batch,) = batches(task, config, autoencoder, mesh)
-      rng = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
-      out = jax.jit(task.gradients)(state, frozen, batch, rng)[0]
-      grads[count] = jax.device_get(out)
-  for path, one in jax.tree_util.tree_leaves_with_path(grads[1]):
-    eight = dict(jax.tree_util.tree_leaves_with_path(grads[8]))[path]
-    error = np.linalg.norm(one - eight)
-    size = np.linalg.norm(one)
-    assert error <= 1e-5 * max(size, 1e-3), jax.tree_util.keystr(path)
+MESHES = {
+  "one": dict(count=1),
+  "mixed": dict(count=8, data=2, fsdp=2, tensor=2),
+}
+
+
+def three_steps(autoencoder, mesh_name, dtype):
+  """Gradients of the first step, and parameters after the third."""
+  raw = tiny_generator_job.config("edit")
+  raw.compute.dtype = dtype
+  raw.edit.optim.eps = 1e-3
+  config = config_parser.parse(raw)
+  task = make_task("edit", config, autoencoder)
+  mesh = make_mesh(**MESHES[mesh_name])
+  task.prepare(autoencoder)
+  with jax.set_mesh(mesh):
+    frozen = sharding.put_tree(task.frozen, mesh)
+    params, _ = jax.jit(task.init)(jax.random.key(0), task.frozen)
+    params = jax.tree.map(
+      lambda x: np.asarray(x, dtype), tiny.randomise(params)
+    )
+    tx = make_optimizer(task.modules, 4)
+    state = train.train_state.create(params, {}, tx, task.modules)
+    state = jax.device_put(state, sharding.infer_sharding(state, mesh))
+    rng = jax.device_put(jax.random.key(1), sharding.replicated(mesh))
+    data = batches(task, config, autoencoder, mesh, 3)
+    first = jax.jit(task.gradients)(state, frozen, data[0], rng)[0]
+    step = jax.jit(train.make_train_step(task, tx, 0.9))
+    for batch in data:
+      state = step(state, frozen, batch, rng)[0]
+  return jax.device_get((first, state.params))
+
+
+def test_float32_gradients_equal_on_one_and_eight_devices(autoencoder):
+  one, params_one = three_steps(autoencoder, "one", "float32")
+  eight, params_eight = three_steps(autoencoder, "mixed", "float32")
+  scale = max(float(np.linalg.norm(x)) for x in jax.tree.leaves(one))
+
+  def check(path, a, b):
+    name = jax.tree_util.keystr(path)
+    error = np.linalg.norm(a - b)
+    # Small beside the rest: such a tensor's rounding is the sum's, not its own.
+    assert error <= max(1e-5 * np.linalg.norm(a), 1e-6 * scale), name
+
+  jax.tree_util.tree_map_with_path(check, one, eight)
+  chex.assert_trees_all_close(params_one, params_eight, rtol=0, atol=1e-5)
+
+
+def test_float64_parameters_equal_on_one_and_eight_devices(autoencoder):
+  with jax.enable_x64(True):
+    _, one = three_steps(autoencoder, "one", "float64")
+    _, eight = three_steps(autoencoder, "mixed", "float64")
+  assert {x.dtype for x in jax.tree.leaves(one)} == {np.dtype("float64")}
+  chex.assert_trees_all_close(one, eight, rtol=0, atol=1e-9)
 
 
 def test_another_autoencoder_is_refused(
