@@ -7,7 +7,9 @@ would round every activation. CPUs with AMX multiply bfloat16 several times as
 fast as float32, but only into float32 (psvae_jax.benchmarks.products).
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,29 +69,37 @@ def _backward(residuals, cotangent: jax.Array):
   x, kernel, x_dtype, kernel_dtype = residuals
   cotangent = cotangent.astype(jnp.bfloat16)
   x_grad = _contract(cotangent, kernel, 1, 1)
-  kernel_grad = jax.lax.platform_dependent(
-    x, cotangent, cpu=_transposed_first, default=_over_rows
-  )
+  kernel_grad = _contract(x, cotangent, 0, 0)
   return x_grad.astype(x_dtype.dtype), kernel_grad.astype(kernel_dtype.dtype)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _over_rows(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-  return _contract(x, cotangent, 0, 0)
-
-
-def _transposed_first(x: jax.Array, cotangent: jax.Array) -> jax.Array:
-  """`_over_rows` for XLA's CPU compiler.
-
-  It multiplies with AMX only where the contracted axis of the left operand lies
-  last in memory, and folds a plain transpose into the product.
-  """
-  return _contract(with_layout_constraint(x.T, Layout((0, 1))), cotangent, 1, 0)
-
-
 def _contract(
+  lhs: jax.Array, rhs: jax.Array, lhs_axis: int, rhs_axis: int
+) -> jax.Array:
+  """Matrix product of bfloat16 matrices over one axis of each, in float32."""
+
+  def default(lhs, rhs):
+    return _dot(lhs, rhs, lhs_axis, rhs_axis)
+
+  def cpu(lhs, rhs):
+    if not cpu_multiplies_bfloat16():
+      # The same numbers: a product of two bfloat16 is exact in float32.
+      lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+      return _dot(lhs, rhs, lhs_axis, rhs_axis)
+    if lhs_axis == 0:
+      # AMX is used only where the contracted axis of the left operand lies
+      # last in memory, and a plain transpose would be folded away.
+      lhs = with_layout_constraint(lhs.T, Layout((0, 1)))
+      return _dot(lhs, rhs, 1, rhs_axis)
+    return _dot(lhs, rhs, lhs_axis, rhs_axis)
+
+  return jax.lax.platform_dependent(lhs, rhs, cpu=cpu, default=default)
+
+
+def _dot(
   lhs: jax.Array, rhs: jax.Array, lhs_axis: int, rhs_axis: int
 ) -> jax.Array:
   return jax.lax.dot_general(
@@ -98,3 +108,15 @@ def _contract(
     (((lhs_axis,), (rhs_axis,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+  """Whether this machine's CPU has AMX for bfloat16, as Linux says.
+
+  Without it XLA has no product of bfloat16 that leaves float32.
+  """
+  try:
+    return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+  except OSError:
+    return False

@@ -22,7 +22,11 @@ def inputs(seed=0):
   return x, kernel, cotangent
 
 
-def test_equals_float64_products_of_rounded_operands():
+@pytest.mark.parametrize("amx", [True, False])
+def test_equals_float64_products_of_rounded_operands(monkeypatch, amx):
+  if amx and not products.cpu_multiplies_bfloat16():
+    pytest.skip("this CPU has no AMX")
+  monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda: amx)
   x, kernel, cotangent = inputs()
   dense = nn.Dense(7, use_bias=False, dot_general=products.mixed)
   apply = jax.jit(lambda x, k: dense.apply({"params": {"kernel": k}}, x))
