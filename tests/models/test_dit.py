@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import dit_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import tiny
 
 from psvae_jax import sharding
 from psvae_jax.config import DiTConfig, MeshConfig
-from psvae_jax.models import dit, dit_block, rotary
+from psvae_jax.models import dit_block, rotary
 from psvae_jax.models.dit import DiT, Trunk
 
 CONFIG = DiTConfig(
@@ -200,96 +201,6 @@ def test_stacked_blocks_are_blocks_one_after_another():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def _dense(name, x):
-  return x @ name["kernel"] + name["bias"]
-
-
-def _norm(x):
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-
-
-def _silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def _numpy_block(p, config, x, vectors, angles, mask):
-  """The block in float64, one token's modulation in each row of `vectors`."""
-  modulation = _dense(p["modulation"]["dense"], vectors)
-  a1, b1, g1, a2, b2, g2 = np.split(modulation, 6, axis=-1)
-  attention, mlp = p["attention"], p["mlp"]
-  h = _norm(x) * (1 + b1) + a1
-  out = np.zeros_like(x)
-  size = config.head_dim
-  for head in range(config.num_heads):
-    part = slice(head * size, (head + 1) * size)
-
-    def turned(name, part=part, h=h):
-      y = _norm(_dense(attention[name], h)[..., part])
-      y = y * attention[f"{name}_norm"]
-      z = y[..., : size // 2] + 1j * y[..., size // 2 :]
-      z = z * np.exp(1j * angles)
-      return np.concatenate([z.real, z.imag], axis=-1)
-
-    logits = turned("query") @ turned("key").swapaxes(1, 2) / np.sqrt(size)
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * mask[:, None]
-    weights /= weights.sum(-1, keepdims=True)
-    out[..., part] = weights @ _dense(attention["value"], h)[..., part]
-  x = x + g1 * _dense(attention["out"], out)
-  h = _norm(x) * (1 + b2) + a2
-  hidden = _silu(_dense(mlp["gate"], h)) * _dense(mlp["fc1"], h)
-  return x + g2 * _dense(mlp["fc2"], hidden)
-
-
-def _numpy_dit(p, noisy, t, text, text_mask, source, source_mask):
-  """The whole model in float64, from DESIGN section 4 and the docstring."""
-  latents, source = (x.reshape(2, 6, CHANNELS) for x in (noisy, source))
-  prompt, types = p["text"], p["type_embedding"]
-  embed = functools.partial(_dense, p["latent_embedding"])
-  text = _norm(text)
-  words = _dense(prompt["text_embedding"], text) + prompt["position_embedding"]
-  x = [embed(source) + types[0], words + types[1], embed(latents) + types[2]]
-  x = np.concatenate(x, axis=1)
-  kept = np.repeat(source_mask[:, None], 6, axis=1)
-  mask = np.concatenate([kept, text_mask, np.ones((2, 6), bool)], axis=1)
-
-  mean = (text * text_mask[..., None]).sum(1) / text_mask.sum(1)[:, None]
-  pooled = _dense(prompt["pooled2"], _silu(_dense(prompt["pooled1"], mean)))
-
-  def condition(t):
-    waves = 1000 * t[:, None] * 10_000.0 ** (-np.arange(128) / 128)
-    waves = np.concatenate([np.cos(waves), np.sin(waves)], axis=1)
-    hidden = _silu(_dense(p["time"]["fc1"], waves))
-    return (_dense(p["time"]["fc2"], hidden) + pooled)[:, None]
-
-  def places(head_dim):
-    """Angles of a 2 × 3 grid."""
-    pairs = head_dim // 4
-    speed = 10_000.0 ** (-np.arange(pairs) / pairs)
-    rows, columns = np.arange(6) // 3, np.arange(6) % 3
-    return np.concatenate([np.outer(rows, speed), np.outer(columns, speed)], 1)
-
-  clean, now = condition(np.zeros(2)), condition(t)
-  each = np.concatenate([np.repeat(clean, 10, 1), np.repeat(now, 6, 1)], axis=1)
-  shape = dit.trunk_config(CONFIG)
-  turns = places(shape.head_dim)
-  angles = np.concatenate([turns, np.zeros((LENGTH, turns.shape[1])), turns])
-  stack = p["trunk"]["block"]
-  blocks = [jax.tree.map(lambda x, i=i: x[i], stack) for i in (0, 1)]
-  for block in [*blocks, p["trunk"]["last"]]:
-    x = _numpy_block(block, shape, x, _silu(each), angles, mask)
-
-  head, shape = p["head"], dit.head_config(CONFIG)
-  vectors = _silu(_dense(head["condition"], _silu(_norm(x[:, 10:]) + now)))
-  x = _dense(head["latent_embedding"], latents)
-  turns, mask = places(shape.head_dim), np.ones((2, 6), bool)
-  x = _numpy_block(head["block0"], shape, x, vectors, turns, mask)
-  final = head["final"]
-  modulation = _dense(final["modulation"]["dense"], vectors)
-  shift, scale = np.split(modulation, 2, axis=-1)
-  v = _dense(final["velocity"], _norm(x) * (1 + scale) + shift)
-  return v.reshape(noisy.shape)
-
-
 def _double(tree):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
@@ -306,7 +217,7 @@ def test_whole_model_against_numpy():
   with jax.enable_x64(True):
     module = dataclasses.replace(TEXT, dtype=jnp.float64)
     got = apply(module, params, noisy, t, **arrays, **mask)
-  want = _numpy_dit(params, noisy, t, **arrays, **mask)
+  want = dit_reference.dit(CONFIG, params, noisy, t, **arrays, **mask)
   np.testing.assert_allclose(got, want, atol=1e-10)
 
 
@@ -327,7 +238,7 @@ def test_block_against_numpy(clean):
     got = jax.jit(double.apply)({"params": params}, x, *rest)
     assert got.dtype == np.float64
   each = condition if clean is None else condition[:, [0] * 4 + [1] * 6]
-  want = _numpy_block(params, config, x, each, angles, mask)
+  want = dit_reference.block(params, config, x, each, angles, mask)
   np.testing.assert_allclose(got, want, atol=1e-12)
 
 
