@@ -58,7 +58,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=250, keep=2)
   c.eval = dict(every_steps=500, batch_size=64, probe="scenes")
-  # mixed: four times the speed of float32 on CPUs with AMX.
+  # mixed: for CPUs with AMX (python -m psvae_jax.benchmarks.products).
   c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
     condition="text", dit=SIZES["tiny"], text_encoder="", text_length=16
