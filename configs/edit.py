@@ -10,6 +10,7 @@ the one is not forgotten over the other. It starts from the workdir's `t2i`.
 
 Variants
 ""        the embedded miniature: recolour, reshape, resize, add, remove, move.
+          Not run to its end yet.
 "0.65B"   the paper's budget: 50 000 steps from the workdir's `t2i`, trained by
           configs/t2i.py:0.65B (paper), on triples like OmniEdit's (1.2 M,
           paper) in a folder (--config.data.edits=…), mixed with the captioned

@@ -12,8 +12,8 @@ from psvae_jax.config import OptimConfig
 
 # Muon's orthogonal update is meant for hidden matrices. A ViT decoder's `head`
 # is left to it all the same: the miniature's stage 1 learns colours sooner. A
-# DiT's modulation, six matrices in one, is Adam's: it costs Muon more than
-# the rest of a block.
+# DiT's modulation, six matrices in one, is Adam's: to Muon it would cost
+# nearly half of what the rest of a block does.
 _NOT_HIDDEN = (
   "patch_embed",
   "conv_out",

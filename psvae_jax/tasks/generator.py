@@ -62,11 +62,18 @@ class GeneratorTask:
     self.name = stage
     self.config = config
     self.section = config.sections[stage]
-    self.autoencoder = PSVAE.from_pretrained(
-      config.autoencoder.path or workdir,
-      stage=config.autoencoder.stage or None,
-      batch_size=config.eval.batch_size,
-    )
+    try:
+      self.autoencoder = PSVAE.from_pretrained(
+        config.autoencoder.path or workdir,
+        stage=config.autoencoder.stage or None,
+        batch_size=config.eval.batch_size,
+      )
+    except FileNotFoundError as error:
+      raise FileNotFoundError(
+        f"{error}. A generator needs a trained autoencoder: train "
+        "configs/psvae.py in this workdir first, or name another with "
+        "--config.autoencoder.path=FOLDER"
+      ) from error
     self.text_encoder = None
     if config.model.condition == "text":
       self.text_encoder = load_text_encoder(

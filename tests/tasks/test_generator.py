@@ -276,7 +276,7 @@ def test_another_autoencoder_is_refused(
 
 
 def test_missing_autoencoder_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="no config.json"):
+  with pytest.raises(FileNotFoundError, match="autoencoder.path=FOLDER"):
     main.run(tiny_generator_job.config("t2i"), tmp_path)
 
 
