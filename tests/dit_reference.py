@@ -59,7 +59,15 @@ def dit(config, p, noisy, t, text, text_mask, source, source_mask):
   embed = functools.partial(_dense, p["latent_embedding"])
   text = _norm(text)
   words = _dense(prompt["text_embedding"], text) + prompt["position_embedding"]
-  x = [embed(source) + types[0], words + types[1], embed(latents) + types[2]]
+  width = words.shape[-1]
+  speed = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+  turns = [
+    np.outer(axis, speed) for axis in (np.arange(6) // 3, np.arange(6) % 3)
+  ]
+  code = [wave(turn) for turn in turns for wave in (np.sin, np.cos)]
+  code = np.concatenate(code, axis=1)
+  before, now = embed(source) + code, embed(latents) + code
+  x = [before + types[0], words + types[1], now + types[2]]
   x = np.concatenate(x, axis=1)
   kept = np.repeat(source_mask[:, None], 6, axis=1)
   mask = np.concatenate([kept, text_mask, np.ones((2, 6), bool)], axis=1)

@@ -249,6 +249,30 @@ class EncoderStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParaphraseConfig:
+  """The miniature text encoder's objective.
+
+  Attributes:
+    paraphrase: weight of finding the other wording of a statement.
+    roles: weight of saying where each word's object stands.
+    foils: statements that are nearly right, for each statement.
+  """
+
+  paraphrase: float = 1.0
+  roles: float = 1.0
+  foils: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderStage:
+  """The job that trains the miniature's text encoder by itself."""
+
+  train: TrainConfig = TrainConfig()
+  optim: OptimConfig = OptimConfig()
+  loss: ParaphraseConfig = ParaphraseConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class FlowConfig:
   """The generator's objective: rectified flow, t = 1 is noise.
 
@@ -484,6 +508,14 @@ class EncoderModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextEncoderModel:
+  """What `configs/encoder.py:text` trains."""
+
+  text: TextModel = TextModel()
+  embed_dim: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
   """The adversary of the pixel decoder. Not part of the fingerprint.
 
@@ -548,6 +580,7 @@ STAGES: dict[str, tuple[type, type]] = {
   "psvae": (AutoencoderModel, AutoencoderStage),
   "t2i": (GeneratorModel, GeneratorStage),
   "edit": (GeneratorModel, GeneratorStage),
+  "text_encoder": (TextEncoderModel, TextEncoderStage),
 }
 
 

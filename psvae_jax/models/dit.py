@@ -9,8 +9,10 @@ channel; v is float32. Parameters are float32; see `dit_block` for the rest.
 How it is conditioned:
 * All tokens attend to each other, except that nobody attends to padded text
   or to a source that is left out: as if these were not there.
-* Source and noisy tokens of a place share its rotary position, and differ by a
-  type embedding. Text has learned positions and is not rotated.
+* Source and noisy tokens of a place share its rotary position and its fixed
+  sin-cos code (both, as LightningDiT: attention sees offsets, and every token
+  knows where it is), and differ by a type embedding. Text has learned positions
+  and is not rotated.
 * adaLN-zero reads time and pooled text (or the class). Source and text tokens
   are modulated at t = 0, which they are, noisy ones at t: two conditions an
   example, and not one a token.
@@ -39,6 +41,7 @@ from psvae_jax.models.dit_block import (
   modulate,
   rms_norm,
 )
+from psvae_jax.models.latent import sincos_positions
 from psvae_jax.models.layers import wide
 
 Dtype = Any
@@ -47,6 +50,8 @@ Dtype = Any
 _SOURCE, _TEXT, _NOISY = range(3)
 _TIME_CHANNELS = 256  # sinusoids of t, as DiT
 _embedding_init = nn.initializers.normal(0.02)
+# What is added to tokens whose entries have variance 1, and must be seen.
+_mark_init = nn.initializers.normal(0.5)
 
 
 def trunk_config(config: DiTConfig, products: str = "native") -> DiTBlockConfig:
@@ -96,7 +101,7 @@ class TextCondition(nn.Module):
     text = jnp.where(mask[..., None], rms_norm(text), 0)
     tokens = nn.Dense(self.width, dtype=self.dtype, name="text_embedding")(text)
     positions = self.param(
-      "position_embedding", _embedding_init, (self.length, self.width)
+      "position_embedding", _mark_init, (self.length, self.width)
     )
     tokens = tokens + positions[: text.shape[1]].astype(self.dtype)
     count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
@@ -281,23 +286,26 @@ class DiT(nn.Module):
     shape = trunk_config(config, self.products)
     given, text_mask, pooled = self._condition(text, text_mask, labels)
     embed = nn.Dense(config.width, dtype=self.dtype, name="latent_embedding")
-    types = self.param("type_embedding", _embedding_init, (3, config.width))
+    types = self.param("type_embedding", _mark_init, (3, config.width))
     types = types.astype(self.dtype)
     turns = rotary.grid_angles(*grid, shape.head_dim)
     still = np.zeros((given.shape[1], shape.head_dim // 2))
 
     # Tokens, which of them are there, and their angles.
+    places = sincos_positions(*grid, config.width, self.dtype)
+    places = places.reshape(-1, config.width)
     latents = noisy.reshape(batch, -1, self.channels)
     there = jnp.ones(latents.shape[:2], bool)
     parts = [
       (given + types[_TEXT], text_mask, still),
-      (embed(latents) + types[_NOISY], there, turns),
+      (embed(latents) + places + types[_NOISY], there, turns),
     ]
     if source is not None:
       source = source.reshape(latents.shape)
       source = jnp.where(source_mask[:, None, None], source, 0)
       kept = there & source_mask[:, None]
-      parts.insert(0, (embed(source) + types[_SOURCE], kept, turns))
+      tokens = embed(source) + places + types[_SOURCE]
+      parts.insert(0, (tokens, kept, turns))
     tokens, masks, angles = zip(*parts, strict=True)
 
     times = jnp.stack([jnp.zeros_like(t), t], axis=1)  # clean, noisy

@@ -4,6 +4,8 @@ Latents are (B, h, w, C). The posterior is float32 whatever the compute dtype
 is: a bfloat16 log-variance would quantise both the noise and the KL.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -51,8 +53,10 @@ class DiagonalGaussian:
     return self.mean
 
 
-def sincos_positions(height: int, width: int, dim: int) -> jax.Array:
-  """Fixed 2-D sin-cos position code of a grid: (height, width, dim) float32.
+def sincos_positions(
+  height: int, width: int, dim: int, dtype: Any = jnp.float32
+) -> jax.Array:
+  """Fixed 2-D sin-cos position code of a grid: (height, width, dim) `dtype`.
 
   One half of the channels codes the row, the other the column; each half is
   sines then cosines of position × 10000^(−i / (dim / 4)) (MAE, arXiv
@@ -65,6 +69,7 @@ def sincos_positions(height: int, width: int, dim: int) -> jax.Array:
     height: rows h of the grid.
     width: columns w of the grid.
     dim: channels; a multiple of 4.
+    dtype: of the result.
   """
   if dim % 4:
     raise ValueError(
@@ -79,4 +84,4 @@ def sincos_positions(height: int, width: int, dim: int) -> jax.Array:
   grid = (height, width, dim // 2)
   rows = np.broadcast_to(code(height)[:, None], grid)
   columns = np.broadcast_to(code(width)[None], grid)
-  return jnp.asarray(np.concatenate([rows, columns], axis=-1), jnp.float32)
+  return jnp.asarray(np.concatenate([rows, columns], axis=-1), dtype)

@@ -7,6 +7,7 @@ from psvae_jax.tasks.autoencoder import AutoencoderTask
 from psvae_jax.tasks.base import Task
 from psvae_jax.tasks.encoder import EncoderTask
 from psvae_jax.tasks.routes import ROUTES
+from psvae_jax.tasks.text_encoder import TextEncoderTask
 
 
 def make_task(stage: str, config: Config, workdir: Path) -> Task:
@@ -16,5 +17,7 @@ def make_task(stage: str, config: Config, workdir: Path) -> Task:
     from psvae_jax.tasks.generator import GeneratorTask
 
     return GeneratorTask(stage, config, workdir)
-  kind = AutoencoderTask if stage in ROUTES else EncoderTask
+  if stage in ROUTES:
+    return AutoencoderTask(stage, config, workdir)
+  kind = TextEncoderTask if stage == "text_encoder" else EncoderTask
   return kind(stage, config, workdir)
