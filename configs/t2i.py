@@ -62,7 +62,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.data = dict(source="scenes")
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=1000, keep=2)
-  c.eval = dict(every_steps=2000, batch_size=64, probe="scenes")
+  c.eval = dict(every_steps=2500, batch_size=64, probe="scenes")
   # mixed: for CPUs with AMX (python -m psvae_jax.benchmarks.products).
   c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
@@ -74,7 +74,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.cache = dict(num_examples=64_000, num_stats=64_000, dtype="float16")
   c.sample = dict(solver="euler", steps=50, guidance=4.0, shift=1.0)
   c.t2i = dict(
-    train=dict(steps=12_000, batch_size=32, log_every=50, ema=0.999),
+    train=dict(steps=6_500, batch_size=64, log_every=50, ema=0.999),
     optim=dict(
       name="muon",
       learning_rate=0.01,
