@@ -11,15 +11,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from psvae_jax import flow
 from psvae_jax.config import Config
@@ -39,6 +37,7 @@ from psvae_jax.tasks.base import Batch, Bridge, EvalContext, Metrics, Params
 from psvae_jax.tasks.data import TrainData
 from psvae_jax.tasks.flow_loss import FlowLoss
 from psvae_jax.tasks.latent_data import LatentData
+from psvae_jax.tasks.local_encoder import LocalEncoder
 from psvae_jax.tasks.trained_generator import TrainedGenerator
 from psvae_jax.train_state import TrainState
 
@@ -104,6 +103,9 @@ class GeneratorTask:
     self.bridge = Bridge("t2i", (DIT,)) if stage == "edit" else None
     self._dtype = wide(jnp.dtype(config.compute.dtype))
     self._data: LatentData | None = None
+    self._encoder = LocalEncoder(
+      self.generator, self.frozen["autoencoder"], config.eval.batch_size
+    )
     self._sampler: ImageSampler | None = None
     self._flow_loss = {
       part: FlowLoss(functools.partial(self._encoded, part), self._velocity)
@@ -245,6 +247,7 @@ class GeneratorTask:
     """
     self._data = self._latent_data(workdir)
     self.stats = self._data.prepare(PARTS[self.name])
+    self._encoder.release()
     self.frozen["latent_stats"] = self.stats.arrays
 
   def _latent_data(self, workdir: Path) -> LatentData:
@@ -253,26 +256,8 @@ class GeneratorTask:
       workdir,
       self.autoencoder,
       self.text_encoder,
-      self._local_encoder(),
+      self._encoder,
     )
-
-  def _local_encoder(self) -> Callable[[np.ndarray], jax.Array]:
-    """uint8 images → μ, on this host's devices, as the step would."""
-    size, devices = self.config.eval.batch_size, jax.local_devices()
-    mesh = Mesh(devices[: math.gcd(size, len(devices))], ("data",))
-    encode = jax.jit(
-      lambda params, images: self.generator.posterior_mean(
-        {"autoencoder": params}, images
-      )
-    )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-
-    @functools.cache
-    def params() -> Params:
-      return jax.device_put(self.frozen["autoencoder"], everywhere)
-
-    return lambda images: encode(params(), jax.device_put(images, split))
 
   def train_data(self, workdir: Path) -> TrainData:
     data = self._data or self._latent_data(workdir)
