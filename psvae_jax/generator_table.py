@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from psvae_jax import cost_table, flow, train_state
 from psvae_jax.config import Config, ConfigError
-from psvae_jax.config.checks import edit_rows
+from psvae_jax.config.generator_checks import edit_rows
 from psvae_jax.flops import count_flops
 from psvae_jax.models import autoencoder as autoencoder_lib
 from psvae_jax.models import dit as dit_lib

@@ -7,7 +7,7 @@ import pytest
 
 from psvae_jax.config import ConfigError
 from psvae_jax.config import parser as config_parser
-from psvae_jax.config.checks import edit_rows
+from psvae_jax.config.generator_checks import edit_rows
 
 _CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 

@@ -19,9 +19,17 @@ from psvae_jax.config import (
   Config,
   ConfigError,
   EncoderModel,
-  GeneratorModel,
-  GeneratorStage,
+  TextEncoderModel,
+  VisionModel,
   nearest,
+)
+from psvae_jax.config.divisors import (
+  check_heads,
+  nearest_multiple,
+)
+from psvae_jax.config.generator_checks import (
+  GENERATOR_CHECKS,
+  check_edit_shards,
 )
 
 # Field → its valid values; of a tuple, of each item.
@@ -215,25 +223,8 @@ def _check_accumulation(config: Config) -> None:
       raise ConfigError(
         f"config.{stage}.train.batch_size={batch} does not divide into "
         f"config.{stage}.train.accumulate={parts} micro-batches; batch_size "
-        f"{_nearest_multiple(batch, parts)} would"
+        f"{nearest_multiple(batch, parts)} would"
       )
-
-
-def _nearest_multiple(value: int, factor: int) -> int:
-  return max(factor, (value + factor // 2) // factor * factor)
-
-
-def _heads(path: str, width: int, heads: int) -> None:
-  if width % heads:
-    raise ConfigError(
-      f"config.{path}.num_heads={heads} does not divide config.{path}.width="
-      f"{width}; {_nearest_divisor(width, heads)} would"
-    )
-
-
-def _nearest_divisor(value: int, divisor: int) -> int:
-  fitting = [n for n in range(1, value + 1) if value % n == 0]
-  return min(fitting, key=lambda n: abs(n - divisor))
 
 
 def _check_pixel_decoder(config: Config) -> None:
@@ -253,15 +244,15 @@ def _check_pixel_decoder(config: Config) -> None:
       raise ConfigError(
         f"config.{path}.channel_mult={decoder.channel_mult} with output_patch="
         f"{decoder.output_patch} upsamples {factor}×, which does not divide "
-        f"config.model.output_size={size}; {_nearest_multiple(size, factor)} "
+        f"config.model.output_size={size}; {nearest_multiple(size, factor)} "
         "would be a multiple"
       )
     return
-  _heads(path, decoder.width, decoder.num_heads)
+  check_heads(path, decoder.width, decoder.num_heads)
   if decoder.width % 4:
     raise ConfigError(
       f"config.{path}.width={decoder.width} must be a multiple of 4 (sin-cos "
-      f"positions), e.g. {_nearest_multiple(decoder.width, 4)}"
+      f"positions), e.g. {nearest_multiple(decoder.width, 4)}"
     )
   if decoder.width * decoder.mlp_ratio < 1:
     raise ConfigError(
@@ -286,7 +277,7 @@ def _check_image_sizes(config: Config) -> None:
       raise ConfigError(
         f"config.{stage}.loss.perceptual={section.loss.perceptual} needs "
         f"config.model.output_size, now {size}, to be a multiple of "
-        f"{_GRADIENT_FACTOR}, e.g. {_nearest_multiple(size, 4)}; or set it to 0"
+        f"{_GRADIENT_FACTOR}, e.g. {nearest_multiple(size, 4)}; or set it to 0"
       )
 
 
@@ -330,7 +321,7 @@ def _check_groups(config: Config, stage: str, batch: int) -> None:
     raise ConfigError(
       f"config.{stage}.train.batch_size={batch} does not divide into equal "
       f"groups of at most {_NORM_IMAGES} images, over which discriminator.norm="
-      f"'batch' takes its statistics; {_nearest_multiple(batch, _NORM_IMAGES)} "
+      f"'batch' takes its statistics; {nearest_multiple(batch, _NORM_IMAGES)} "
       "would"
     )
 
@@ -356,19 +347,30 @@ def _check_discriminator(config: Config) -> None:
     )
 
 
-def _check_vision(config: Config) -> None:
-  if not isinstance(config.model, EncoderModel):
+def _check_encoders(config: Config) -> None:
+  """The jobs that train the miniature's own."""
+  if not isinstance(config.model, EncoderModel | TextEncoderModel):
     return
-  vision, text = config.model.vision, config.model.text
-  _heads("model.vision", vision.width, vision.num_heads)
-  _heads("model.text", text.width, text.num_heads)
+  text = config.model.text
+  check_heads("model.text", text.width, text.num_heads)
+  if config.data.source != "scenes":
+    raise ConfigError(
+      f"config.data.source must be 'scenes' for {config.stages[0]!r}, not "
+      f"{config.data.source!r}: its foils need the scenes' grammar"
+    )
+  if isinstance(config.model, EncoderModel):
+    _check_vision(config.model.vision)
+
+
+def _check_vision(vision: VisionModel) -> None:
+  check_heads("model.vision", vision.width, vision.num_heads)
   if vision.width * vision.mlp_ratio < 1:
     raise ConfigError(
       f"config.model.vision.mlp_ratio={vision.mlp_ratio} leaves no hidden "
       "unit; e.g. 4.0"
     )
   if vision.image_size % vision.patch_size:
-    near = _nearest_multiple(vision.image_size, vision.patch_size)
+    near = nearest_multiple(vision.image_size, vision.patch_size)
     raise ConfigError(
       f"config.model.vision.image_size={vision.image_size} is not a multiple "
       f"of config.model.vision.patch_size={vision.patch_size}; {near} would be"
@@ -377,133 +379,6 @@ def _check_vision(config: Config) -> None:
     raise ConfigError(
       f"config.model.vision.image_size={vision.image_size} is too small for "
       f"scenes; {_LEAST_SCENE} is the least"
-    )
-  if config.data.source != "scenes":
-    raise ConfigError(
-      "config.data.source must be 'scenes' for the encoder job, not "
-      f"{config.data.source!r}: its hard negatives need the scenes' grammar"
-    )
-
-
-def _check_generator(config: Config) -> None:
-  if not isinstance(config.model, GeneratorModel):
-    return
-  model, dit = config.model, config.model.dit
-  _heads("model.dit", dit.width, dit.num_heads)
-  if dit.head_depth and dit.head_width % dit.head_num_heads:
-    raise ConfigError(
-      f"config.model.dit.head_num_heads={dit.head_num_heads} does not divide "
-      f"config.model.dit.head_width={dit.head_width}; "
-      f"{_nearest_divisor(dit.head_width, dit.head_num_heads)} would"
-    )
-  for name, width, heads in (
-    ("", dit.width, dit.num_heads),
-    ("head_", dit.head_width, dit.head_num_heads if dit.head_depth else 0),
-  ):
-    if heads and width // heads % 4:
-      fitting = [n for n in range(1, width + 1) if width % (4 * n) == 0]
-      near = min(fitting, key=lambda n: abs(n - heads), default=0)
-      raise ConfigError(
-        f"config.model.dit.{name}num_heads={heads} gives heads of "
-        f"{width // heads} channels, which 2-D rotary positions need to be a "
-        "multiple of 4"
-        + (f"; {near} would" if near else f": change dit.{name}width={width}")
-      )
-  if (model.condition == "class") != bool(model.num_classes):
-    raise ConfigError(
-      f"config.model.condition={model.condition!r} with config.model."
-      f"num_classes={model.num_classes}: classes go with 'class', e.g. "
-      "--config.model.condition=class --config.model.num_classes=1000"
-    )
-  if model.condition == "class" and model.text_encoder:
-    raise ConfigError(
-      f"config.model.text_encoder={model.text_encoder!r} is for config.model."
-      "condition='text', not 'class'"
-    )
-  if model.condition == "class" and config.data.source not in (
-    "tfds",
-    "folder",
-  ):
-    raise ConfigError(
-      "config.model.condition='class' needs a data set with classes, config."
-      f"data.source='tfds' or 'folder', not {config.data.source!r}"
-    )
-
-
-def _check_products(config: Config) -> None:
-  if config.compute.products == "mixed" and config.compute.dtype != "float32":
-    raise ConfigError(
-      f"config.compute.products='mixed' with config.compute.dtype="
-      f"{config.compute.dtype!r}: mixed products leave float32; set dtype="
-      "'float32', or products='native'"
-    )
-
-
-def _check_views(config: Config) -> None:
-  plain = config.data.augment in ("none", "center")
-  if config.cache.enabled and config.cache.views > 1 and plain:
-    raise ConfigError(
-      f"config.cache.views={config.cache.views} would be equal with config."
-      f"data.augment={config.data.augment!r}; set views=1, or augment='crop' "
-      "or 'crop_flip'"
-    )
-
-
-def _check_guidance(config: Config) -> None:
-  sample = config.sample
-  if sample.guidance_low > sample.guidance_high:
-    raise ConfigError(
-      f"config.sample.guidance_low={sample.guidance_low} is above "
-      f"guidance_high={sample.guidance_high}: guidance would never act; e.g. "
-      "guidance_low=0.0"
-    )
-
-
-def edit_rows(section: GeneratorStage) -> int:
-  """Edits in a global batch of an edit stage; the rest is text-to-image."""
-  return round(section.loss.edit_share * section.train.batch_size)
-
-
-def _check_edit_folders(config: Config) -> None:
-  data = config.data
-  if data.edits and data.source == "scenes":
-    raise ConfigError(
-      f"config.data.edits={data.edits!r} is not for config.data.source="
-      "'scenes', which have edits of their own; e.g. 'folder'"
-    )
-  if data.eval_edits and not data.edits:
-    raise ConfigError(
-      f"config.data.eval_edits={data.eval_edits!r} needs edits to train on: "
-      "pass --config.data.edits=FOLDER"
-    )
-  same = os.path.realpath(data.edits) == os.path.realpath(data.eval_edits)
-  if data.eval_edits and same:
-    raise ConfigError(
-      f"config.data.eval_edits={data.eval_edits!r} is the training folder: "
-      "edits trained on say nothing. Leave it out to hold out 5 % of "
-      "config.data.edits"
-    )
-
-
-def _check_edits(config: Config) -> None:
-  section = config.sections.get("edit")
-  if section is None:
-    return
-  if config.data.source != "scenes" and not config.data.edits:
-    raise ConfigError(
-      "config.stages has 'edit', and config.data.source="
-      f"{config.data.source!r} has no edits: pass --config.data.edits=FOLDER"
-    )
-  batch, share = section.train.batch_size, section.loss.edit_share
-  if config.model.condition != "text":
-    raise ConfigError(
-      "config.stages has 'edit', whose instructions are text: set config.model."
-      "condition='text'"
-    )
-  if not edit_rows(section):
-    raise ConfigError(
-      f"config.edit.loss.edit_share={share} leaves no edit in config.edit."
-      f"train.batch_size={batch}; {1 / batch:.2g} would leave one"
     )
 
 
@@ -515,13 +390,8 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_pixel_decoder,
   _check_image_sizes,
   _check_adversary,
-  _check_vision,
-  _check_generator,
-  _check_edit_folders,
-  _check_edits,
-  _check_products,
-  _check_views,
-  _check_guidance,
+  _check_encoders,
+  *GENERATOR_CHECKS,
 )
 
 
@@ -550,28 +420,15 @@ def check_shards(config: Config, shards: int) -> None:
     for stage, section in config.sections.items()
   } | {"eval": (config.eval.batch_size, 1)}
   if "edit" in config.sections:
-    _check_edit_shards(config.sections["edit"], shards)
+    check_edit_shards(config.sections["edit"], shards)
   for path, (batch, parts) in batches.items():
     if batch % (shards * parts):
       split = f" in {parts} micro-batches" if parts > 1 else ""
       raise ConfigError(
         f"config.{path}.batch_size={batch} does not divide{split} over the "
         f"{shards} shards of mesh axes data × fsdp; "
-        f"{_nearest_multiple(batch, shards * parts)} would"
+        f"{nearest_multiple(batch, shards * parts)} would"
       )
-
-
-def _check_edit_shards(section: GeneratorStage, shards: int) -> None:
-  """Each part of an edit stage's batch is divided by itself."""
-  batch, parts = section.train.batch_size, section.train.accumulate
-  edits, unit = edit_rows(section), shards * parts
-  if batch % unit == 0 and edits % unit:
-    near = min(_nearest_multiple(edits, unit), batch)
-    raise ConfigError(
-      f"config.edit.loss.edit_share={section.loss.edit_share} makes {edits} "
-      f"of {batch} examples edits, which do not divide over {unit} (shards of "
-      f"mesh axes data × fsdp, times micro-batches); {near / batch:g} would"
-    )
 
 
 def check_devices(config: Config, devices: int) -> None:

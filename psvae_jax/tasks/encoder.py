@@ -181,11 +181,6 @@ class EncoderTask:
 
   def __init__(self, stage: str, config: Config, workdir: Path) -> None:
     model: EncoderModel = config.model
-    if config.data.source != "scenes":
-      raise ConfigError(
-        "config.data.source must be 'scenes' for the encoder job: its hard "
-        "negatives need the scenes' grammar"
-      )
     if config.sections[stage].train.accumulate > 1:
       raise ConfigError(
         f"config.{stage}.train.accumulate must be 1 for the encoder job: its "

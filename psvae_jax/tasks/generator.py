@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from psvae_jax import flow
 from psvae_jax.config import Config
-from psvae_jax.config.checks import edit_rows
+from psvae_jax.config.generator_checks import edit_rows
 from psvae_jax.evaluators.edits import EditEvaluator
 from psvae_jax.evaluators.generator import GeneratorEvaluator
 from psvae_jax.models import generator as generator_lib

@@ -179,11 +179,6 @@ class TextEncoderTask:
   def __init__(self, stage: str, config: Config, workdir: Path) -> None:
     model: TextEncoderModel = config.model
     section = config.sections[stage]
-    if config.data.source != "scenes":
-      raise ConfigError(
-        "config.data.source must be 'scenes' for the text encoder's job: its "
-        "paraphrases need the scenes' grammar"
-      )
     if section.train.accumulate > 1:
       raise ConfigError(
         f"config.{stage}.train.accumulate must be 1 for the text encoder's "
