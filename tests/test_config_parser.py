@@ -350,7 +350,7 @@ def test_a_stage_left_out_is_still_checked():
 
 VARIANTS = {
   "psvae.py": ("", "gan", "photos", "bundled", "base", "large"),
-  "encoder.py": ("",),
+  "encoder.py": ("", "text"),
   "t2i.py": ("", "photos", "0.65B", "1.7B", "class"),
   "edit.py": ("", "0.65B", "1.7B"),
 }

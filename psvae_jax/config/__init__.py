@@ -84,7 +84,8 @@ __all__ = [
   "nearest",
 ]
 
-# Stage name → (type of `config.model`, type of the stage's own section).
+# Stage name → (type of `config.model`, type of the stage's own section). New
+# ones go to the end: a stage's place decides its random numbers.
 STAGES: dict[str, tuple[type, type]] = {
   "encoder": (EncoderModel, EncoderStage),
   "svae": (AutoencoderModel, AutoencoderStage),

@@ -91,6 +91,7 @@ _RANGES = {
   "*optim.eps": "(0, inf)",
   "*optim.end_factor": "[0, 1]",
   "*optim.*": "[0, inf)",
+  "*.loss.foils": "[1, inf)",
   "*.loss.*": "[0, inf)",
   "model.semantic_*.mlp_hidden": "[0, inf)",
   "model.pixel_decoder.mlp_ratio": "(0, inf)",
@@ -358,6 +359,13 @@ def _check_encoders(config: Config) -> None:
       f"config.data.source must be 'scenes' for {config.stages[0]!r}, not "
       f"{config.data.source!r}: its foils need the scenes' grammar"
     )
+  for stage, section in config.sections.items():
+    if section.train.accumulate > 1:
+      raise ConfigError(
+        f"config.{stage}.train.accumulate={section.train.accumulate} must be "
+        "1: the loss compares all pairs of a batch, and micro-batches have "
+        "fewer"
+      )
   if isinstance(config.model, EncoderModel):
     _check_vision(config.model.vision)
 

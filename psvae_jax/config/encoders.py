@@ -10,8 +10,8 @@ class EncoderLossConfig:
   """Weights of the miniature encoder's losses.
 
   Attributes:
-    contrastive: sigmoid image-caption loss with hard negatives.
-    words: caption-word presence from the pooled patch tokens.
+    contrastive: CLIP's softmax loss of images and captions, with foils.
+    words: the caption's words, each from the patches that show it.
   """
 
   contrastive: float = 1.0
@@ -20,7 +20,7 @@ class EncoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderStage:
-  """The job that trains the miniature's encoders."""
+  """The job that trains the miniature's image encoder."""
 
   train: TrainConfig = TrainConfig()
   optim: OptimConfig = OptimConfig()
@@ -78,7 +78,7 @@ class TextModel:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderModel:
-  """What `configs/encoder.py` trains."""
+  """What `configs/encoder.py` trains without a variant."""
 
   vision: VisionModel = VisionModel()
   text: TextModel = TextModel()

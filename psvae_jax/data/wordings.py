@@ -14,8 +14,10 @@ import numpy as np
 from psvae_jax.data import captions, scene_sampling, scene_types
 from psvae_jax.data.scene_edits import sample_edit
 
-# Wordings of `captions.phrase` that leave nothing out and turn nothing round.
+# Wordings of `captions.phrase` that leave nothing out and turn nothing round;
+# the last is one for single objects, and turns two round.
 _CAPTION_VARIANTS = (0, 1, 2, 3)
+_ALONE_VARIANT = 5
 _SHARE_WITHOUT_SIZES = 0.15
 _SHARE_INSTRUCTIONS = 0.35
 # Of the foils of a statement with a relation: those with the opposite one. They
@@ -87,12 +89,19 @@ def statement(split: str, index: int, seed: int = 0) -> str:
 
 
 def reword(text: str, rng: np.random.Generator) -> str:
-  """The same statement in words drawn at random, perhaps its own."""
+  """The same statement in words drawn at random, perhaps its own.
+
+  Raises:
+    ValueError: the text is neither a canonical caption nor an instruction.
+  """
   spec = captions.parse_spec(text)
   if spec is not None:
-    if len(spec.objects) == 2 and rng.random() < 0.5:
+    variants = _CAPTION_VARIANTS
+    if len(spec.objects) == 1:
+      variants = (*variants, _ALONE_VARIANT)
+    elif rng.random() < 0.5:
       spec = captions.turned(spec)
-    return captions.phrase(spec, int(rng.choice(_CAPTION_VARIANTS)))
+    return captions.phrase(spec, int(rng.choice(variants)))
   for pattern, templates in zip(_PATTERNS, _INSTRUCTIONS, strict=True):
     match = pattern.fullmatch(text)
     if match:
@@ -102,8 +111,18 @@ def reword(text: str, rng: np.random.Generator) -> str:
 
 
 def foil(text: str, rng: np.random.Generator) -> str:
-  """A statement in the same words but one or two, which says another thing."""
+  """A statement in the same words but one or two, which says another thing.
+
+  Args:
+    text: as `statement` gives it.
+    rng: decides which words, and what they become.
+
+  Raises:
+    ValueError: the text names no colour, shape, size or relation.
+  """
   truth, found = meaning(text), list(_WORD.finditer(text))
+  if not found:
+    raise ValueError(f"nothing in {text!r} can be said wrong")
   groups = [next(g for g in _GROUPS if match[0] in g) for match in found]
   pairs = [
     (i, j)

@@ -50,7 +50,7 @@ Dtype = Any
 _SOURCE, _TEXT, _NOISY = range(3)
 _TIME_CHANNELS = 256  # sinusoids of t, as DiT
 _embedding_init = nn.initializers.normal(0.02)
-# What is added to tokens whose entries have variance 1, and must be seen.
+# Added to latent and text tokens, whose entries have variance 1: to be seen.
 _mark_init = nn.initializers.normal(0.5)
 
 

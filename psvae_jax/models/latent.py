@@ -63,7 +63,8 @@ def sincos_positions(
   2111.06377). `models` add it where tokens are rebuilt from latents: z need
   not keep the absolute position that the encoder's tokens carry, and a block
   without a position code treats tokens as a set. Fixed rather than learned:
-  it has no parameters to convert, shard or average, and works on any grid.
+  it has no parameters to convert, shard or average, and works on any grid. The
+  DiT adds it beside rotary positions, which say offsets alone.
 
   Args:
     height: rows h of the grid.

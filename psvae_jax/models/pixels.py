@@ -187,7 +187,7 @@ class ViTPixelDecoder(nn.Module):
     dim = self.block.width
 
     x = nn.Dense(dim, dtype=self.dtype, name="proj_in")(z)
-    x = x + sincos_positions(height, width, dim).astype(self.dtype)
+    x = x + sincos_positions(height, width, dim, self.dtype)
     x = layers.BlockStack(
       config=self.block,
       depth=self.depth,

@@ -97,7 +97,7 @@ class SemanticDecoder(nn.Module):
     x = nn.Dense(self.mlp_hidden, dtype=self.dtype, name="fc1")(z)
     x = nn.gelu(x, approximate=False)
     x = nn.Dense(dim, dtype=self.dtype, name="fc2")(x)
-    x = x + sincos_positions(height, width, dim).astype(self.dtype)
+    x = x + sincos_positions(height, width, dim, self.dtype)
     x = _blocks(self)(x.reshape(batch, height * width, dim))
     x = layers.LayerNorm(
       epsilon=self.block.layer_norm_eps,

@@ -36,6 +36,7 @@ STAGE_TITLES = {
   "psvae": "PS-VAE",
   "t2i": "Text to image",
   "edit": "Editing",
+  "text_encoder": "Text encoder",
 }
 GENERATOR_STAGES = ("t2i", "edit")
 

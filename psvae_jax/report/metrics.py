@@ -75,7 +75,13 @@ METRICS: dict[str, Metric] = {
   ),
   "foil_accuracy": Metric(
     "Caption told from its foil",
-    "Images nearer to their caption than to one with a detail changed.",
+    "Nearer to the right wording than to one with a detail changed.",
+    "higher",
+    "%",
+  ),
+  "role_accuracy": Metric(
+    "Roles read right",
+    "Statements all of whose words say where their object stands.",
     "higher",
     "%",
   ),
@@ -182,6 +188,8 @@ METRICS: dict[str, Metric] = {
   "loss_edit": Metric("Loss, edits"),
   "loss_contrastive": Metric("Contrastive loss"),
   "loss_words": Metric("Word loss"),
+  "loss_paraphrase": Metric("Paraphrase loss"),
+  "loss_roles": Metric("Role loss"),
   "loss_generator": Metric("Generator loss"),
   "loss_discriminator": Metric("Discriminator loss"),
   "logits_real": Metric("Discriminator’s logits, real"),

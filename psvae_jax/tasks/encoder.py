@@ -1,4 +1,4 @@
-"""Trains the embedded miniature's image and text encoders from captions.
+"""Trains the embedded miniature's image encoder, and a text encoder with it.
 
 Both come out in the published models' own file formats. Supervision is the
 caption alone, never the scene's ground truth:
@@ -12,8 +12,6 @@ caption alone, never the scene's ground truth:
 import dataclasses
 import hashlib
 import json
-import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,13 @@ import numpy as np
 import optax
 
 from psvae_jax import sharding
-from psvae_jax.config import Config, ConfigError, EncoderModel
+from psvae_jax.config import Config, EncoderModel
 from psvae_jax.data import captions
 from psvae_jax.data.scenes import SceneSource, foil_caption, sample_edit
 from psvae_jax.data.sources import make_source
 from psvae_jax.evaluators.image_metrics import MeanAccumulator
 from psvae_jax.evaluators.scenes import SceneProbe
-from psvae_jax.models.text import T5Config, T5Encoder
+from psvae_jax.models.text import T5Encoder
 from psvae_jax.models.vit import ViT, ViTConfig
 from psvae_jax.optim import TrainedModule
 from psvae_jax.pretrained import text as text_files
@@ -47,9 +45,15 @@ from psvae_jax.pretrained.tokenizer import (
 )
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
 from psvae_jax.tasks.data import TrainData, image_part
+from psvae_jax.tasks.encoder_parts import (
+  MAX_SCALE,
+  held_out_batches,
+  masked_mean,
+  t5_config,
+  unit,
+  write_provenance,
+)
 from psvae_jax.train_state import TrainState
-
-MAX_SCALE = 100.0  # CLIP's bound on the logit scale
 
 
 class Heads(nn.Module):
@@ -84,8 +88,8 @@ class Heads(nn.Module):
     pooled = jnp.einsum("bnq,bnd->bqd", weights, tokens)
     pooled = pooled.reshape(tokens.shape[0], -1)
     dense = nn.Dense(self.embed_dim, use_bias=False, name="image")
-    image_embed = _unit(dense(pooled))
-    text_embed = _unit(
+    image_embed = unit(dense(pooled))
+    text_embed = unit(
       nn.Dense(self.embed_dim, use_bias=False, name="text")(text)
     )
     # Most words are absent from most captions: start near that prior.
@@ -102,10 +106,6 @@ class Heads(nn.Module):
     )
     scale = jnp.minimum(jnp.exp(log_scale), MAX_SCALE)
     return image_embed, text_embed, words, scale
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def contrastive_loss(
@@ -181,31 +181,18 @@ class EncoderTask:
 
   def __init__(self, stage: str, config: Config, workdir: Path) -> None:
     model: EncoderModel = config.model
-    if config.sections[stage].train.accumulate > 1:
-      raise ConfigError(
-        f"config.{stage}.train.accumulate must be 1 for the encoder job: its "
-        "contrastive loss compares all pairs of a batch, and micro-batches "
-        "have fewer"
-      )
     self.name = stage
     self.config = config
     self.section = config.sections[stage]
     self.image_size = model.vision.image_size
     self._vit_config = ViTConfig(**dataclasses.asdict(model.vision))
     self._folder = Path(workdir) / stage / "export"
-    text_folder = self._folder / "text_encoder"
+    text_folder = Path(workdir) / stage / "tokenizer"
     train_tokenizer(corpus(), text_folder, vocab_size=model.text.vocab_size)
     self.tokenizer = Tokenizer(
       str(text_folder), max_length=model.text.max_length
     )
-    self._text_config = T5Config(
-      vocab_size=model.text.vocab_size,
-      d_model=model.text.width,
-      d_kv=model.text.width // model.text.num_heads,
-      d_ff=model.text.mlp_hidden,
-      num_layers=model.text.depth,
-      num_heads=model.text.num_heads,
-    )
+    self._text_config = t5_config(model.text)
     shared = dict(
       unroll=config.compute.unroll,
       remat=config.compute.remat,
@@ -259,8 +246,7 @@ class EncoderTask:
     tokens = _captions_then_foils(batch["tokens"])
     mask = _captions_then_foils(batch["token_mask"])
     states = self.text.apply({"params": params["text_encoder"]}, tokens, mask)
-    weights = mask[..., None].astype(jnp.float32)
-    text = (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+    text = masked_mean(states, mask)
     return self.heads.apply({"params": params["heads"]}, images, text)
 
   def _patch_tokens(self, params: Params, images: jax.Array) -> jax.Array:
@@ -320,7 +306,10 @@ class EncoderTask:
     count = image.shape[0]
     own = jnp.sum(image * text[:count], axis=-1)
     foil = jnp.sum(image * text[count:], axis=-1)
-    out = {"foil_accuracy": (own > foil).astype(jnp.float32)}
+    out = {
+      "foil_accuracy": (own > foil).astype(jnp.float32),
+      "mask": batch["mask"],
+    }
     return jax.tree.map(sharding.constrain, out)
 
   def evaluate(
@@ -339,16 +328,13 @@ class EncoderTask:
     size, count = self.config.eval.batch_size, self.config.eval.num_images
     source = SceneSource("validation", count, self.image_size)
     transform = CaptionTransform(source, self.tokenizer)
-    for start in range(0, count, size):
-      # The last batch is filled with repeats, which the mask leaves out.
-      indices = np.arange(start, start + size)
-      rows = [
-        transform(source[i], np.random.default_rng(i)) for i in indices % count
-      ]
-      batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-      local = _host_slice(batch, size)
-      out = self._matches(params, sharding.put_batch(local, context.mesh))
-      means.update(jax.device_get(out), indices < count)
+
+    def row(i):
+      return transform(source[i], np.random.default_rng(i))
+
+    for batch in held_out_batches(row, count, size):
+      out = self._matches(params, sharding.put_batch(batch, context.mesh))
+      means.update(out, out.pop("mask"))
     return metrics | {f"eval/{k}": v for k, v in means.result().items()}
 
   def references(
@@ -374,29 +360,18 @@ class EncoderTask:
       params["text_encoder"],
       self.tokenizer,
     )
-    provenance = {
-      "what": "the embedded miniature's encoders, trained on scenes",
-      "command": "python -m psvae_jax.main --config=configs/encoder.py",
-      "overrides": [a for a in sys.argv if a.startswith("--config.")],
-      "config": dataclasses.asdict(self.config),
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "metrics": metrics,
-    }
-    path = self._folder / "provenance.json"
-    path.write_text(json.dumps(provenance, indent=2) + "\n")
+    write_provenance(
+      self._folder / "provenance.json",
+      "the embedded miniature's image encoder, trained on scenes",
+      "python -m psvae_jax.main --config=configs/encoder.py",
+      self.config,
+      metrics,
+    )
 
 
 def _captions_then_foils(x: jax.Array) -> jax.Array:
   """(B, 2, L) → (2B, L)."""
   return jnp.concatenate([x[:, 0], x[:, 1]])
-
-
-def _host_slice(batch: dict[str, np.ndarray], size: int) -> dict[str, Any]:
-  """This host's share of a global batch."""
-  share = size // jax.process_count()
-  start = jax.process_index() * share
-  return {k: v[start : start + share] for k, v in batch.items()}
 
 
 def corpus() -> list[str]:

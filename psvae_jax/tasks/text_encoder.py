@@ -8,13 +8,13 @@ word says where its object stands ("left of", from either end of the sentence):
 a generator needs that of each token, images did not teach it to the text
 encoder of configs/encoder.py, and the paraphrases' loss alone stays for
 hundreds of steps where word order means nothing.
+
+Foils name combinations that are held out too: of images, not of language.
 """
 
 import dataclasses
 import hashlib
 import json
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,27 @@ import numpy as np
 import optax
 
 from psvae_jax import sharding
-from psvae_jax.config import Config, ConfigError, TextEncoderModel
+from psvae_jax.config import Config, TextEncoderModel
 from psvae_jax.data import pipeline, scene_types, wordings
 from psvae_jax.evaluators.image_metrics import MeanAccumulator
-from psvae_jax.models.text import T5Config, T5Encoder
+from psvae_jax.models.text import T5Encoder
 from psvae_jax.optim import TrainedModule
 from psvae_jax.pretrained import text as text_files
 from psvae_jax.pretrained.tokenizer import Tokenizer, train_tokenizer
 from psvae_jax.tasks.base import Batch, EvalContext, Metrics, Params
 from psvae_jax.tasks.data import TrainData
+from psvae_jax.tasks.encoder_parts import (
+  MAX_SCALE,
+  held_out_batches,
+  masked_mean,
+  t5_config,
+  unit,
+  write_provenance,
+)
 from psvae_jax.train_state import TrainState
 
-MAX_SCALE = 100.0  # CLIP's bound on the logit scale
-_ORDER = 20.0  # how much larger than T5's the relative bias starts
+_BIAS_GAIN = 20.0  # of the relative bias at the start, over T5's
+_NUM_STATEMENTS = 10_000_000  # where the config names no number: they are drawn
 
 
 class Heads(nn.Module):
@@ -54,8 +62,7 @@ class Heads(nn.Module):
     self, tokens: jax.Array, pooled: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     roles = nn.Dense(len(wordings.ROLES), name="roles")(tokens)
-    x = nn.Dense(self.embed_dim, use_bias=False, name="text")(pooled)
-    x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    x = unit(nn.Dense(self.embed_dim, use_bias=False, name="text")(pooled))
     init = nn.initializers.constant(np.log(10.0))
     scale = jnp.exp(self.param("log_scale", init, ()))
     return x, jnp.minimum(scale, MAX_SCALE), roles
@@ -118,6 +125,12 @@ class StatementSource:
     text = wordings.statement(self._split, int(index), self._seed)
     return {"text": text, "index": np.int64(index)}
 
+  def __repr__(self) -> str:
+    return (
+      f"StatementSource(split={self._split!r}, length={self._length}, "
+      f"seed={self._seed})"
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class WordingTransform:
@@ -157,10 +170,12 @@ class WordingTransform:
 
   def _roles(self, text: str, tokens: np.ndarray) -> np.ndarray:
     """The role of each token, by the last letter it adds to the text."""
-    ends = np.cumsum([len(self.pieces[token]) for token in tokens])
+    letters = np.array([len(self.pieces[token]) for token in tokens])
+    ends = np.cumsum(letters)
     out = np.full(tokens.shape, -1, np.int32)
     for start, end, role in wordings.roles(text):
-      out[(start < ends) & (ends <= end)] = role
+      # Padding and the end of the sequence add no letter.
+      out[(letters > 0) & (start < ends) & (ends <= end)] = role
     return out
 
 
@@ -179,28 +194,15 @@ class TextEncoderTask:
   def __init__(self, stage: str, config: Config, workdir: Path) -> None:
     model: TextEncoderModel = config.model
     section = config.sections[stage]
-    if section.train.accumulate > 1:
-      raise ConfigError(
-        f"config.{stage}.train.accumulate must be 1 for the text encoder's "
-        "job: its loss compares all pairs of a batch, and micro-batches have "
-        "fewer"
-      )
     self.name = stage
     self.config = config
     self.section = section
     self._folder = Path(workdir) / stage / "export"
-    train_tokenizer(corpus(), self._folder, vocab_size=model.text.vocab_size)
-    self.tokenizer = Tokenizer(
-      str(self._folder), max_length=model.text.max_length
-    )
-    self._text_config = T5Config(
-      vocab_size=model.text.vocab_size,
-      d_model=model.text.width,
-      d_kv=model.text.width // model.text.num_heads,
-      d_ff=model.text.mlp_hidden,
-      num_layers=model.text.depth,
-      num_heads=model.text.num_heads,
-    )
+    # Not in the export: that may be finished, and this job be refused.
+    folder = Path(workdir) / stage / "tokenizer"
+    train_tokenizer(corpus(), folder, vocab_size=model.text.vocab_size)
+    self.tokenizer = Tokenizer(str(folder), max_length=model.text.max_length)
+    self._text_config = t5_config(model.text)
     self.text = T5Encoder(
       self._text_config,
       unroll=config.compute.unroll,
@@ -236,21 +238,23 @@ class TextEncoderTask:
     bias = params["text_encoder"]["relative_bias"]
     # As T5 starts, word order hardly shows, and to a bag of words most foils
     # are the same as what they are foils of: a saddle that is left slowly.
-    bias["embedding"] = _ORDER * bias["embedding"]
+    bias["embedding"] = _BIAS_GAIN * bias["embedding"]
     return params, {}
 
   def settle(self, params: Params, model_state: Params) -> Params:
     return model_state
 
-  def _embed(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Unit vectors (B, 2 + foils, K) and the logit scale."""
+  def _embed(
+    self, params: Params, batch: Batch
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Unit vectors (B, 2 + foils, K), the logit scale, and logits of roles
+    (B, 2 + foils, L, roles)."""
     tokens, mask = batch["tokens"], batch["token_mask"]
     rows = tokens.shape[:2]
     tokens = tokens.reshape(-1, tokens.shape[-1])
     mask = mask.reshape(tokens.shape)
     states = self.text.apply({"params": params["text_encoder"]}, tokens, mask)
-    weights = mask[..., None].astype(jnp.float32)
-    pooled = (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+    pooled = masked_mean(states, mask)
     heads = {"params": params["heads"]}
     x, scale, roles = self.heads.apply(heads, states, pooled)
     return x.reshape(*rows, -1), scale, roles.reshape(*rows, *roles.shape[1:])
@@ -289,7 +293,8 @@ class TextEncoderTask:
 
   def train_data(self, workdir: Path) -> TrainData:
     data = self.config.data
-    source = StatementSource("train", data.num_train, data.seed)
+    length = data.num_train or _NUM_STATEMENTS
+    source = StatementSource("train", length, data.seed)
     size = self.section.train.batch_size
     part = pipeline.Part(source, size, transform=self._transform())
     return TrainData(part)
@@ -301,13 +306,16 @@ class TextEncoderTask:
     found = {
       "foil_accuracy": _beats_foils(x),
       "role_accuracy": jnp.all(right, axis=(1, 2)).astype(jnp.float32),
+      "mask": batch["mask"],
     }
     return jax.tree.map(sharding.constrain, found)
 
   def evaluate(
     self, params: Params, frozen: Params, context: EvalContext
   ) -> dict[str, float]:
-    """Shares of held-out statements.
+    """Shares of the validation split's statements.
+
+    A language this small has most of them in training too.
 
     `eval/foil_accuracy`: whose two wordings are nearer to each other than the
     first is to any foil. `eval/role_accuracy`: all of whose words, wordings and
@@ -315,22 +323,15 @@ class TextEncoderTask:
     """
     means = MeanAccumulator()
     size, count = self.config.eval.batch_size, self.config.eval.num_images
-    source, transform = (
-      StatementSource("validation", count, 0),
-      self._transform(),
-    )
-    share = size // jax.process_count()
-    first = jax.process_index() * share
-    for start in range(0, count, size):
-      # The last batch is filled with repeats, which the mask leaves out.
-      indices = np.arange(start, start + size)
-      rows = [
-        transform(source[i], np.random.default_rng(i))
-        for i in indices[first : first + share] % count
-      ]
-      batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    source = StatementSource("validation", count, 0)
+    transform = self._transform()
+
+    def row(i):
+      return transform(source[i], np.random.default_rng(i))
+
+    for batch in held_out_batches(row, count, size):
       out = self._found(params, sharding.put_batch(batch, context.mesh))
-      means.update(jax.device_get(out), indices < count)
+      means.update(out, out.pop("mask"))
     return {f"eval/{k}": v for k, v in means.result().items()}
 
   def references(
@@ -348,17 +349,13 @@ class TextEncoderTask:
       jax.device_get(params["text_encoder"]),
       self.tokenizer,
     )
-    provenance = {
-      "what": "the embedded miniature's text encoder, trained on paraphrases",
-      "command": "python -m psvae_jax.main --config=configs/encoder.py:text",
-      "overrides": [a for a in sys.argv if a.startswith("--config.")],
-      "config": dataclasses.asdict(self.config),
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "metrics": metrics,
-    }
-    path = self._folder / "provenance.json"
-    path.write_text(json.dumps(provenance, indent=2) + "\n")
+    write_provenance(
+      self._folder / "provenance.json",
+      "the embedded miniature's text encoder, trained on paraphrases",
+      "python -m psvae_jax.main --config=configs/encoder.py:text",
+      self.config,
+      metrics,
+    )
 
 
 def _beats_foils(x: jax.Array) -> jax.Array:

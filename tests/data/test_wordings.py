@@ -40,8 +40,8 @@ def test_rewording_a_caption_keeps_its_meaning(random):
 
 
 def test_rewording_an_instruction_keeps_its_words(random):
-  for kind in range(60):
-    text = scene_edits.sample_edit("train", kind).instruction
+  for index in range(60):
+    text = scene_edits.sample_edit("train", index).instruction
     said = {wordings.reword(text, random) for _ in range(20)}
     assert text in said and len(said) == 2, text
     (other,) = said - {text}
@@ -76,10 +76,7 @@ def test_some_foils_only_change_places(random):
   assert "a small blue circle left of a large red ring" in foils
   assert "a small red circle right of a large blue ring" in foils
   assert text not in foils
-  # Both changes at once would be the same statement.
-  assert wordings.meaning(
-    "a large blue ring right of a small red circle"
-  ) == wordings.meaning(text)
+  assert all(wordings.meaning(foil) != wordings.meaning(text) for foil in foils)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +110,16 @@ def test_wordings_agree_on_roles(random):
     assert words[0] == words[1], text
 
 
+def test_a_single_object_may_be_there(random):
+  said = {wordings.reword("a red circle", random) for _ in range(60)}
+  assert "there is a red circle" in said
+  turned = "a blue ring left of a red circle"
+  said = {wordings.reword(turned, random) for _ in range(60)}
+  assert not any(text.startswith("there") for text in said)
+
+
 def test_other_text_cannot_be_reworded(random):
   with pytest.raises(ValueError, match="neither a canonical caption nor"):
     wordings.reword("a photograph of a horse", random)
+  with pytest.raises(ValueError, match="can be said wrong"):
+    wordings.foil("a photograph of a horse", random)

@@ -117,19 +117,18 @@ def test_batches_hold_wordings_and_foils(tmp_path):
   config = parser.parse(tiny_config())
   task = text_encoder.TextEncoderTask("text_encoder", config, tmp_path)
   part = task.train_data(tmp_path).parts
-  out = part.transform(part.source[3], np.random.default_rng(0))
+  out = part.transform(part.source[1], np.random.default_rng(0))
   assert out["tokens"].shape == out["token_mask"].shape == (4, 32)
   assert out["roles"].shape == (4, 32)
   assert out["meaning"].shape == (3,)
-  assert len(set(out["meaning"].tolist())) == 3
+  assert out["meaning"][0] not in out["meaning"][1:]
   said = task.tokenizer.decode(out["tokens"])
-  text = part.source[3]["text"]
-  spec = captions.parse_spec(text)
-  if spec is not None:
-    same = [captions.parse_spec(x) for x in said[:2]]
-    assert {wordings.meaning(captions.phrase(s)) for s in same} == {
-      wordings.meaning(text)
-    }
+  meanings = [
+    wordings.meaning(captions.phrase(captions.parse_spec(text)))
+    for text in (part.source[1]["text"], *said)
+  ]
+  assert meanings[0] == meanings[1] == meanings[2] not in meanings[3:]
+  assert len(part.source) == 64 and "StatementSource" in repr(part.source)
 
 
 def test_every_token_of_a_word_has_its_role(tmp_path):
@@ -146,6 +145,10 @@ def test_every_token_of_a_word_has_its_role(tmp_path):
   assert said[0].split() == ["small", "red", "circle"]
   assert said[1].split() == ["large", "blue", "ring"]
   assert said[-1].split() == ["a", "left", "of", "a"]
+  # Neither padding nor the end of the sequence.
+  assert all(
+    role == -1 for piece, role in zip(pieces, roles, strict=True) if not piece
+  )
 
 
 def test_a_foil_counts_where_it_is_nearer():
