@@ -58,7 +58,7 @@ def _miniature() -> ml_collections.ConfigDict:
   c.data = dict(source="scenes")
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=250, keep=2)
-  c.eval = dict(every_steps=500, batch_size=64, probe="scenes")
+  c.eval = dict(every_steps=1000, batch_size=64, probe="scenes")
   # mixed: for CPUs with AMX (python -m psvae_jax.benchmarks.products).
   c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
