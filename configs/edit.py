@@ -64,7 +64,8 @@ def _miniature() -> ml_collections.ConfigDict:
   c.model = dict(
     condition="text", dit=SIZES["tiny"], text_encoder="", text_length=16
   )
-  c.cache = dict(num_examples=32_000, num_stats=64_000, dtype="float16")
+  # As configs/t2i.py, whose cache is read again.
+  c.cache = dict(num_examples=64_000, num_stats=64_000, dtype="float16")
   c.sample = dict(
     solver="euler", steps=50, guidance=4.0, image_guidance=1.5, shift=1.0
   )
