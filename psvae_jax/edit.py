@@ -80,6 +80,8 @@ def read_image(path: Path, size: int) -> tuple[np.ndarray, str]:
   """
   from psvae_jax.data import images, transforms
 
+  if path.is_dir():
+    raise ValueError(f"{str(path)!r} is a folder; --image takes one image file")
   image = images.decode_image(path)
   height, width = image.shape[:2]
   if (height, width) == (size, size):
