@@ -163,7 +163,7 @@ def test_a_foil_counts_where_it_is_nearer():
     ({"data": {"source": "bundled"}}, "config.data.source must be 'scenes'"),
     (
       {"text_encoder": {"train": {"batch_size": 16, "accumulate": 2}}},
-      "accumulate must be 1",
+      "accumulate=2 must be 1",
     ),
   ],
 )
