@@ -226,9 +226,11 @@ def test_edit_mistakes_are_one_line(loaded, tmp_path, arguments, message):
   assert "\n" not in stopped.value.code
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "float"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "float"])
 def test_unreadable_images_are_named(tmp_path, kind):
   image = tmp_path / "in.tif"
+  if kind == "folder":
+    image.mkdir()
   if kind == "text":
     image.write_text("no image")
   if kind == "float":

@@ -20,6 +20,12 @@ _PARAPHRASED_RELATIONS = (
   "over",
   "under",
 )
+# What stands between two objects → index of the relation.
+RELATION_WORDS = {
+  word: relation
+  for words in (scene_types.RELATIONS, _PARAPHRASED_RELATIONS)
+  for relation, word in enumerate(words)
+}
 _PICTURE = "a picture of "
 
 
@@ -113,11 +119,7 @@ def _build_patterns() -> tuple[re.Pattern, re.Pattern]:
     rf"({either(scene_types.COLOURS)}) ({either(scene_types.SHAPES)})"
     rf"(?:, ({either(scene_types.SIZES)}),?)?"
   )
-  link = re.compile(
-    " (?:is )?("
-    + either(("and", *_PARAPHRASED_RELATIONS, *scene_types.RELATIONS))
-    + ") "
-  )
+  link = re.compile(" (?:is )?(" + either(("and", *RELATION_WORDS)) + ") ")
   return noun, link
 
 
@@ -159,14 +161,7 @@ def parse_spec(text: str) -> CaptionSpec | None:
         scene_types.SHAPES.index(match[3]),
       )
     )
-  relation = None
-  if len(parts) == 3 and parts[1] != "and":
-    names = (
-      scene_types.RELATIONS
-      if parts[1] in scene_types.RELATIONS
-      else _PARAPHRASED_RELATIONS
-    )
-    relation = names.index(parts[1])
+  relation = RELATION_WORDS.get(parts[1]) if len(parts) == 3 else None
   return CaptionSpec(tuple(objects), relation)
 
 

@@ -14,10 +14,9 @@ import numpy as np
 from psvae_jax.data import captions, scene_sampling, scene_types
 from psvae_jax.data.scene_edits import sample_edit
 
-# Wordings of `captions.phrase` that leave nothing out and turn nothing round;
-# the last is one for single objects, and turns two round.
+# Variants of `captions.phrase` that leave nothing out and turn nothing round.
 _CAPTION_VARIANTS = (0, 1, 2, 3)
-_ALONE_VARIANT = 5
+_ALONE_VARIANT = 5  # "there is …"; of two objects it would turn them round
 _SHARE_WITHOUT_SIZES = 0.15
 _SHARE_INSTRUCTIONS = 0.35
 # Of the foils of a statement with a relation: those with the opposite one. They
@@ -25,8 +24,7 @@ _SHARE_INSTRUCTIONS = 0.35
 _SHARE_TURNED = 0.4
 
 # Kind of edit → its canonical instruction, then others in another order: what
-# a word means must not follow from its place alone. {inverse} is the relation
-# as the second object has it to the first.
+# a word means must not follow from its place alone.
 _INSTRUCTIONS = (
   ("turn {a} into {b}", "{b} in place of {a}"),
   ("make {a} {b}", "{b} for {a}"),
@@ -45,21 +43,14 @@ _WORD = re.compile(
   r"\b(" + "|".join(word for group in _GROUPS for word in group) + r")\b"
 )
 
-
 # Where the object of a word stands: as the relation's words say of the first,
 # or nowhere.
 ROLES = (*scene_types.RELATIONS, "alone")
 _LINK = re.compile(
-  r"\b(?:to the )?(left|right|above|below|over|under)\b(?: of)?"
+  r"\b("
+  + "|".join(sorted(captions.RELATION_WORDS, key=len, reverse=True))
+  + r")\b"
 )
-_LINK_ROLES = {
-  "left": 0,
-  "right": 1,
-  "above": 2,
-  "over": 2,
-  "below": 3,
-  "under": 3,
-}
 
 
 def _pattern(template: str) -> re.Pattern:
@@ -171,7 +162,7 @@ def roles(text: str) -> list[tuple[int, int, int]]:
   if link is None:
     alone = len(ROLES) - 1
     return [(*word.span(), alone) for word in words]
-  first = _LINK_ROLES[link[1]]
+  first = captions.RELATION_WORDS[link[1]]
   anchor = scene_types.INVERSE_RELATION[first]
   # "left of B move A" goes on with A after the verb.
   verb = re.compile(r"\b(?:add|move)\b").search(text, link.end())

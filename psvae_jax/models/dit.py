@@ -285,27 +285,7 @@ class DiT(nn.Module):
       source_mask = jnp.ones((batch,), bool)
     shape = trunk_config(config, self.products)
     given, text_mask, pooled = self._condition(text, text_mask, labels)
-    embed = nn.Dense(config.width, dtype=self.dtype, name="latent_embedding")
-    types = self.param("type_embedding", _mark_init, (3, config.width))
-    types = types.astype(self.dtype)
-    turns = rotary.grid_angles(*grid, shape.head_dim)
-    still = np.zeros((given.shape[1], shape.head_dim // 2))
-
-    # Tokens, which of them are there, and their angles.
-    places = sincos_positions(*grid, config.width, self.dtype)
-    places = places.reshape(-1, config.width)
-    latents = noisy.reshape(batch, -1, self.channels)
-    there = jnp.ones(latents.shape[:2], bool)
-    parts = [
-      (given + types[_TEXT], text_mask, still),
-      (embed(latents) + places + types[_NOISY], there, turns),
-    ]
-    if source is not None:
-      source = source.reshape(latents.shape)
-      source = jnp.where(source_mask[:, None, None], source, 0)
-      kept = there & source_mask[:, None]
-      tokens = embed(source) + places + types[_SOURCE]
-      parts.insert(0, (tokens, kept, turns))
+    parts = self._parts(given, text_mask, noisy, source, source_mask)
     tokens, masks, angles = zip(*parts, strict=True)
 
     times = jnp.stack([jnp.zeros_like(t), t], axis=1)  # clean, noisy
@@ -337,9 +317,44 @@ class DiT(nn.Module):
         name="head",
       )
       x = rms_norm(x).astype(self.dtype) + condition
+      latents = noisy.reshape(batch, -1, self.channels)
       return head(latents, x, grid).reshape(noisy.shape)
     final = FinalLayer(self.channels, self.dtype, name="final")
     return final(x, nn.silu(condition)).reshape(noisy.shape)
+
+  def _parts(
+    self,
+    given: jax.Array,
+    given_mask: jax.Array,
+    noisy: jax.Array,
+    source: jax.Array | None,
+    source_mask: jax.Array | None,
+  ) -> list[tuple[jax.Array, jax.Array, np.ndarray]]:
+    """Of source, condition and noisy latents, in this order: tokens (B, n, D),
+    which of them are there (B, n), and their rotary angles (n, d/2)."""
+    grid, width = noisy.shape[1:3], self.config.width
+    head_dim = trunk_config(self.config).head_dim
+    embed = nn.Dense(width, dtype=self.dtype, name="latent_embedding")
+    types = self.param("type_embedding", _mark_init, (3, width))
+    types = types.astype(self.dtype)
+    places = sincos_positions(*grid, width, self.dtype).reshape(-1, width)
+    turns = rotary.grid_angles(*grid, head_dim)
+    still = np.zeros((given.shape[1], head_dim // 2))
+
+    def latent_tokens(latents, kind):
+      latents = latents.reshape(latents.shape[0], -1, self.channels)
+      return embed(latents) + places + types[kind]
+
+    there = jnp.ones((noisy.shape[0], grid[0] * grid[1]), bool)
+    parts = [
+      (given + types[_TEXT], given_mask, still),
+      (latent_tokens(noisy, _NOISY), there, turns),
+    ]
+    if source is not None:
+      source = jnp.where(source_mask[:, None, None, None], source, 0)
+      kept = there & source_mask[:, None]
+      parts.insert(0, (latent_tokens(source, _SOURCE), kept, turns))
+    return parts
 
   def _condition(
     self,

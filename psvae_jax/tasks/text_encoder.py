@@ -5,9 +5,8 @@ edit instructions, and learns which of them say the same. Each statement comes
 in two wordings, which must find each other among the batch's other statements
 and their foils (InfoNCE, arXiv 1807.03748, on mean-pooled tokens). And every
 word says where its object stands ("left of", from either end of the sentence):
-a generator needs that of each token, images did not teach it to the text
-encoder of configs/encoder.py, and the paraphrases' loss alone stays for
-hundreds of steps where word order means nothing.
+a generator needs that of each token, and the paraphrases' loss alone is slow to
+find that word order means anything.
 
 Foils name combinations that are held out too: of images, not of language.
 """
