@@ -79,6 +79,19 @@ def test_some_foils_only_change_places(random):
   assert all(wordings.meaning(foil) != wordings.meaning(text) for foil in foils)
 
 
+def test_many_foils_only_turn_the_relation(random):
+  """Else too few ask who stands where."""
+  for text, turned in (
+    ("a red star above a blue ring", "a red star below a blue ring"),
+    (
+      "move the red star left of the ring",
+      "move the red star right of the ring",
+    ),
+  ):
+    foils = [wordings.foil(text, random) for _ in range(200)]
+    assert 0.3 < np.mean([foil == turned for foil in foils]) < 0.6
+
+
 @pytest.mark.parametrize(
   "text, first, second",
   [
