@@ -58,6 +58,7 @@ def solve(
   solver: str,
   branches: tuple[str, ...],
   keep: tuple[int, ...] = (),
+  noise_fn: samplers.NoiseFn | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Carries latents from the grid's first time to its last.
 
@@ -73,6 +74,7 @@ def solve(
     solver: see `samplers`.
     branches: what the function of that name returns.
     keep: grid points whose x₀-estimates are returned.
+    noise_fn: of a stochastic solver, see `samplers.integrate`.
 
   Returns:
     (B, h, w, C); and (len(keep), B, h, w, C), or None where nothing is kept.
@@ -101,7 +103,7 @@ def solve(
     return _guided(v, branches, t, scales)
 
   out = samplers.integrate(
-    velocity_fn, x, grid, solver, keep, keep_denoised=True
+    velocity_fn, x, grid, solver, keep, keep_denoised=True, noise_fn=noise_fn
   )
   return out if keep else (out, None)
 

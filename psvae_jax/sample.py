@@ -78,7 +78,9 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--shift", type=float, help="time shift of the sampler")
   parser.add_argument(
-    "--solver", choices=("euler", "heun", "midpoint"), help="of the sampler"
+    "--solver",
+    choices=("euler", "heun", "midpoint", "ancestral"),
+    help="of the sampler",
   )
   parser.add_argument("--out", help="folder for the PNGs")
 

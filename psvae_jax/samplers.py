@@ -4,6 +4,10 @@ A solver moves x through dx/dt = v(x, t) from the first point of a grid to its
 last, downwards from t = 1 (noise). What a sample costs is its number of
 velocity evaluations, `num_evaluations`; "50 steps" says that only together
 with the solver and the name of the grid.
+
+"ancestral" is no solver of that equation but of the stochastic one with the
+same marginals: it replaces a part of the noise at every step, and so forgets
+the errors that came before.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +20,8 @@ from psvae_jax.flow import shift_time
 from psvae_jax.models.layers import wide
 
 # Velocity evaluations a step.
-SOLVERS = {"euler": 1, "heun": 2, "midpoint": 2}
+SOLVERS = {"euler": 1, "heun": 2, "midpoint": 2, "ancestral": 1}
+STOCHASTIC = ("ancestral",)
 
 GRIDS = ("uniform", "diffusers", "rae")
 
@@ -25,6 +30,7 @@ GRIDS = ("uniform", "diffusers", "rae")
 _LAST_TIME = 1e-3
 
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
+NoiseFn = Callable[[jax.Array], jax.Array]
 
 
 def time_grid(
@@ -86,12 +92,15 @@ def integrate(
   solver: str = "euler",
   keep: Sequence[int] = (),
   keep_denoised: bool = False,
+  noise_fn: NoiseFn | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Carries x from the first time of the grid to the last.
 
   "euler" is of first order; "heun" (trapezoid) and "midpoint" are of second
-  order and evaluate the velocity twice a step. Whatever the solver, the
-  program holds one copy of `velocity_fn`: a scan over evaluations, not steps.
+  order and evaluate the velocity twice a step. "ancestral" goes from t to s
+  by a draw from q(x_s | x_t, x₀) at the x₀-estimate, DDPM's step (DDIM's with
+  η = 1) in this flow. Whatever the solver, the program holds one copy of
+  `velocity_fn`: a scan over evaluations, not steps.
 
   Args:
     velocity_fn: x (B, …) and scalar t → v (B, …).
@@ -105,11 +114,22 @@ def integrate(
     keep_denoised: return the x₀-estimate x − t·v there in place of x. It costs
       nothing: v is the solver's own. The last point, where none is evaluated,
       takes the one before; at t = 0 the estimate is x in any case.
+    noise_fn: index of a step → fresh standard normal noise, as x; for
+      "ancestral" alone.
 
   Returns:
     x at the last time, (B, …). With `keep`: that, and (len(keep), B, …).
+
+  Raises:
+    ValueError: an unknown solver, a point that the grid has not, noise for a
+      solver without or none for one with.
   """
   stages = _stages(solver)
+  if (solver in STOCHASTIC) != (noise_fn is not None):
+    raise ValueError(
+      f"solver {solver!r} "
+      + ("draws noise: give noise_fn" if noise_fn is None else "draws no noise")
+    )
   x = jnp.asarray(x)
   x = x.astype(wide(x.dtype))
   last = len(grid) - 1
@@ -124,17 +144,25 @@ def integrate(
   def evaluate(carry, evaluation):
     """One velocity: y is where it is taken, z what the step has reached."""
     y, z, _, kept = carry
-    t, probe, advance, row = evaluation
+    t, probe, advance, row, renew = evaluation
     v = velocity_fn(y, t).astype(y.dtype)
     if points:
       value = y - t * v if keep_denoised else y
       kept = kept.at[row].set(value, mode="drop")
-    return (z + probe * v, z + advance * v, v, kept), None
+    if noise_fn is None:
+      return (z + probe * v, z + advance * v, v, kept), None
+    step, retain, fresh = renew
+    z = retain * z + advance * v + fresh * noise_fn(step).astype(z.dtype)
+    return (z, z, v, kept), None
 
   times, probe, advance = _evaluations(solver, grid, x.dtype)
+  renew = None
+  if noise_fn is not None:
+    advance, *renew = _ancestral(grid, x.dtype)
+    renew = (jnp.arange(last), *renew)
   carry = (x, x, jnp.zeros_like(x), kept)
   carry, _ = jax.lax.scan(
-    evaluate, carry, (times, probe, advance, rows.reshape(-1))
+    evaluate, carry, (times, probe, advance, rows.reshape(-1), renew)
   )
   _, x, v, kept = carry
   if not points:
@@ -156,7 +184,7 @@ def _evaluations(
   """
   xp = jnp if isinstance(grid, jax.Array) else np
   t, h = grid[:-1], grid[1:] - grid[:-1]
-  if solver == "euler":
+  if SOLVERS[solver] == 1:
     table = ([t], [h], [h])
   elif solver == "heun":
     table = ([t, grid[1:]], [h, h / 2], [h / 2, h / 2])
@@ -164,6 +192,30 @@ def _evaluations(
     table = ([t, t + h / 2], [h / 2, h], [0 * h, h])
   columns = (xp.stack(column, axis=1).reshape(-1) for column in table)
   return tuple(jnp.asarray(column, dtype) for column in columns)
+
+
+def _ancestral(
+  grid: np.ndarray | jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Ancestral steps: x_s = retain · x_t + advance · v + fresh · noise.
+
+  With x₀ and ε as v estimates them, q(x_s | x_t, x₀) has the mean
+  (1 − s)·x₀ + s·r·ε and the deviation s·√(1 − r²), where r is the ratio of the
+  signal-to-noise amplitudes, ((1 − t) / t) / ((1 − s) / s).
+
+  Returns:
+    advance, retain, fresh, each (n,) of `dtype`.
+  """
+  xp = jnp if isinstance(grid, jax.Array) else np
+  t, s = grid[:-1], grid[1:]
+  # From t = 0 to 0, a grid of strength 0, nothing moves.
+  still = (t == 0) | (s == 1)
+  r = (1 - t) * s / xp.where(still, 1, (1 - s) * t)
+  r = xp.where(still, 1, r)
+  advance = -(1 - s) * t + s * r * (1 - t)
+  retain = (1 - s) + s * r
+  fresh = s * xp.sqrt(xp.maximum(1 - r * r, 0))
+  return tuple(jnp.asarray(c, dtype) for c in (advance, retain, fresh))
 
 
 def _stages(solver: str) -> int:

@@ -8,7 +8,6 @@ shape, solver or number of steps, and turning guidance on or off.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ class ImageSampler:
     self._image_features_fn = jax.jit(self._trace_image_features)
     self._text_features_fn = jax.jit(self._trace_text_features)
     self._solve_fn = jax.jit(
-      functools.partial(guided_flow.solve, generator),
+      self._trace_solve,
       static_argnames=("solver", "branches", "keep"),
     )
     self._gather_fn = jax.jit(constrain)  # whole on every device and host
@@ -264,14 +263,40 @@ class ImageSampler:
     text = jnp.where(mask[..., None], text, 0).astype(jnp.float32)
     return {"text": text, "text_mask": mask}
 
-  def _trace_noise(self, seeds: jax.Array) -> jax.Array:
+  def _trace_noise(self, seeds: jax.Array, draw: jax.Array | int = 0):
+    """Each seed's own noise: draw 0 to start from, 1 + i for step i."""
     shape = self.generator.latent_shape
 
     def one(seed):
-      rng = jax.random.fold_in(jax.random.key(seed), 0)
+      rng = jax.random.fold_in(jax.random.key(seed), draw)
       return jax.random.normal(rng, shape, jnp.float32)
 
     return constrain(jax.vmap(one)(seeds), sharding.BATCH_AXES)
+
+  def _trace_solve(
+    self,
+    params: Params,
+    frozen: Params,
+    x: jax.Array,
+    seeds: jax.Array,
+    *arguments: Any,
+    solver: str,
+    **static: Any,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    def noise_fn(step):
+      return self._trace_noise(seeds, 1 + step)
+
+    stochastic = solver in samplers.STOCHASTIC
+    return guided_flow.solve(
+      self.generator,
+      params,
+      frozen,
+      x,
+      *arguments,
+      solver=solver,
+      noise_fn=noise_fn if stochastic else None,
+      **static,
+    )
 
   def _trace_encode(self, frozen: Params, images: jax.Array) -> jax.Array:
     return self.generator.encode(frozen, images).astype(jnp.float32)
@@ -296,12 +321,13 @@ class ImageSampler:
   ) -> tuple[jax.Array, jax.Array | None]:
     grid = _grid(settings) if grid is None else grid
     conditions = ("tokens", "mask", "labels")
-    rows = {name: rows[name] for name in conditions if name in rows}
+    given = {name: rows[name] for name in conditions if name in rows}
     return self._solve_fn(
       params,
       frozen,
       x,
-      self._condition_fn(frozen, rows),
+      rows["seeds"],
+      self._condition_fn(frozen, given),
       source,
       self._put_whole(grid.astype(np.float32)),
       self._put_whole(guided_flow.scales(settings)),

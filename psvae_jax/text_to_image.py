@@ -111,7 +111,7 @@ class TextToImage:
       steps: of the time grid.
       guidance: scale of the prompt's; 1 is none.
       shift: time shift of the grid.
-      solver: "euler", "heun" or "midpoint".
+      solver: "euler", "heun", "midpoint" or "ancestral".
 
     Returns:
       uint8 (B, S, S, 3).

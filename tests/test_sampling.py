@@ -63,7 +63,7 @@ def reference(made, prompts, seeds, options, *, source=None, strength=1.0):
     if strength < 1:
       x = (1 - strength) * source[i : i + 1] + strength * x
     shown = source[i : i + 1] if strength == 1 and source is not None else None
-    for t, after in itertools.pairwise(times):
+    for step, (t, after) in enumerate(itertools.pairwise(times)):
       inside = options.guidance_low <= t <= options.guidance_high
       s_text = options.guidance if inside else 1.0
       s_image = options.image_guidance if inside else 1.0
@@ -74,15 +74,27 @@ def reference(made, prompts, seeds, options, *, source=None, strength=1.0):
       else:
         v_image = velocity(x, t, null, shown)
         v = v_null + s_image * (v_image - v_null) + s_text * (v_full - v_image)
-      x = x + (after - t) * v
+      if options.solver == "euler":
+        x = x + (after - t) * v
+        continue
+      ratio = (1 - t) / t * after / (1 - after)
+      key = jax.random.fold_in(jax.random.key(seed), 1 + step)
+      fresh = jax.random.normal(key, generator.latent_shape)
+      noise = ratio * (x + (1 - t) * v) + (1 - ratio**2) ** 0.5 * fresh
+      x = (1 - after) * (x - t * v) + after * noise
     out.append(x[0])
   return np.stack(out)
 
 
 @pytest.mark.parametrize(
   "changes",
-  [{}, {"guidance": 1.0}, {"guidance_low": 0.3, "guidance_high": 0.85}],
-  ids=["guided", "plain", "interval"],
+  [
+    {},
+    {"guidance": 1.0},
+    {"guidance_low": 0.3, "guidance_high": 0.85},
+    {"solver": "ancestral"},
+  ],
+  ids=["guided", "plain", "interval", "ancestral"],
 )
 def test_latents_equal_a_plain_loop(made, sampler, changes):
   options = settings(**changes)
@@ -92,7 +104,7 @@ def test_latents_equal_a_plain_loop(made, sampler, changes):
   )
   expected = reference(made, PROMPTS, seeds, options)
   np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-4)
-  if not changes:  # neither prompt nor seed is idle
+  if "solver" in changes or not changes:  # neither prompt nor seed is idle
     assert np.abs(z[0] - z[2]).max() > 1e-2
     assert np.abs(z[0] - z[1]).max() > 1e-2
 
@@ -138,11 +150,13 @@ def test_the_ends_of_strength(made, sampler):
   np.testing.assert_array_equal(none, sampler.decode(made.frozen, z))
 
 
-def test_an_image_depends_on_its_own_seed_alone(made):
+@pytest.mark.parametrize("solver", ["euler", "ancestral"])
+def test_an_image_depends_on_its_own_seed_alone(made, solver):
   """One at a time, eight at a time, and split over eight devices."""
   prompts = [f"{count} circles" for count in range(8)]
   seeds = [100, 7, 7, 2**32 - 1, 0, 1, 2, 3]
   mixed = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  options = settings(solver=solver)
   found, edits = {}, []
   for mesh, size in ((None, 1), (None, 8), (mixed, 8)):
     params, frozen = made.params, made.frozen
@@ -153,11 +167,11 @@ def test_an_image_depends_on_its_own_seed_alone(made):
       made.generator, batch_size=size, mesh=mesh, tokenizer=made.tokenizer
     )
     found[mesh, size] = sampler.generate(
-      params, frozen, prompts, seeds, SETTINGS, latents=True
+      params, frozen, prompts, seeds, options, latents=True
     )
     if size == 8:
       edits.append(
-        sampler.edit(params, frozen, images(8), prompts, seeds, SETTINGS)
+        sampler.edit(params, frozen, images(8), prompts, seeds, options)
       )
   expected = found[None, 1]
   for key, z in found.items():

@@ -47,7 +47,7 @@ _CHOICES = {
   "discriminator.augment": ("color", "translation", "cutout"),
   "model.condition": ("text", "class"),
   "cache.dtype": ("float32", "bfloat16", "float16"),
-  "sample.solver": ("euler", "heun", "midpoint"),
+  "sample.solver": ("euler", "heun", "midpoint", "ancestral"),
   "sample.grid": ("uniform", "diffusers", "rae"),
   "*.optim.name": ("adamw", "muon"),
   "*.optim.schedule": ("cosine", "linear", "constant"),

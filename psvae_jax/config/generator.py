@@ -125,7 +125,7 @@ class SampleConfig:
   """How images are sampled; saved with the generator as its defaults.
 
   Attributes:
-    solver: "euler", "heun" or "midpoint".
+    solver: "euler", "heun", "midpoint" or "ancestral".
     steps: of the time grid; Heun and midpoint evaluate twice a step.
     grid: "uniform" (1 to 0, then shifted), "diffusers" or "rae".
     shift: time shift of the grid.

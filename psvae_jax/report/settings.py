@@ -15,7 +15,7 @@ _WEIGHTS = {
   "pixel": "pixel",
 }
 _PIXEL_WEIGHTS = {"l1": "L1", "mse": "MSE", "perceptual": "perceptual"}
-_SOLVERS = {"euler": "Euler", "heun": "Heun", "midpoint": "midpoint"}
+_SOLVERS = {"euler": "Euler", "heun": "Heun"}
 
 
 def autoencoder_settings(run: Run) -> str:
