@@ -7,8 +7,7 @@ arguments of the compiled programs; what needs another program is another batch
 shape, solver or number of steps, and turning guidance on or off.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from psvae_jax.config import SampleConfig
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.models.generator import Condition, Generator, Params
 from psvae_jax.pretrained.tokenizer import Tokenizer
+from psvae_jax.row_batches import RowBatches
 from psvae_jax.sharding import constrain
 
 _MAX_SEED = 2**32
@@ -46,16 +46,13 @@ class ImageSampler:
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | None = None,
   ) -> None:
-    if batch_size < 1:
-      raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if (tokenizer is None) != (generator.text_encoder is None):
       raise ValueError(
         "a generator with a text encoder needs its tokenizer, one of classes "
         "has none"
       )
     self.generator = generator
-    self._batch_size = batch_size
-    self._mesh = mesh
+    self._batches = RowBatches(batch_size, mesh)
     self._tokenizer = tokenizer
     self._condition_fn = jax.jit(self._trace_condition)
     self._noise_fn = jax.jit(self._trace_noise)
@@ -205,7 +202,9 @@ class ImageSampler:
       z = self._encode_fn(frozen, rows["images"])
       if strength > 0:
         noise = self._noise_fn(rows["seeds"])
-        z = self._mix_fn(z, noise, self._put_whole(np.float32(strength)))
+        z = self._mix_fn(
+          z, noise, self._batches.put_whole(np.float32(strength))
+        )
         z, _ = self._solve(params, frozen, z, rows, settings, grid=grid)
       return self._decode_fn(frozen, z)
 
@@ -329,8 +328,8 @@ class ImageSampler:
       rows["seeds"],
       self._condition_fn(frozen, given),
       source,
-      self._put_whole(grid.astype(np.float32)),
-      self._put_whole(guided_flow.scales(settings)),
+      self._batches.put_whole(grid.astype(np.float32)),
+      self._batches.put_whole(guided_flow.scales(settings)),
       solver=settings.solver,
       branches=guided_flow.branches(settings, edit=source is not None),
       keep=keep,
@@ -380,7 +379,7 @@ class ImageSampler:
     latents: bool = False,
     extra: tuple[int, ...] = (),
   ) -> np.ndarray:
-    """Applies `function` to parts of one size; joins what it returns.
+    """`RowBatches.apply`, also to no rows at all.
 
     Args:
       function: named device arrays (size, …) → array (size, …).
@@ -388,51 +387,11 @@ class ImageSampler:
       latents: whether latents come out, and not images (for N = 0).
       extra: axes of the result between the first and the image's.
     """
-    count = len(next(iter(rows.values())))
-    if not count:
-      side = self.generator.autoencoder.config.output_size
-      shape = self.generator.latent_shape if latents else (side, side, 3)
-      return np.zeros((0, *extra, *shape), np.float32 if latents else np.uint8)
-    outputs = []
-    with self._set_mesh():
-      for part in self._parts(rows, count):
-        outputs.append(jax.device_get(function(part)))
-    return np.concatenate(outputs)[:count]
-
-  def _parts(
-    self, rows: dict[str, np.ndarray], count: int
-  ) -> Iterator[dict[str, jax.Array]]:
-    """Equal parts on the devices; the last repeats its last row to fit."""
-    # The next power of two: at most twice the work, far fewer compilations.
-    size = min(1 << (count - 1).bit_length(), self._batch_size)
-    if self._mesh is not None:
-      shards = sharding.batch_shards(self._mesh)
-      size = -(-size // shards) * shards
-    for start in range(0, count, size):
-      index = np.minimum(np.arange(start, start + size), count - 1)
-      yield {name: self._put_rows(value[index]) for name, value in rows.items()}
-
-  def _set_mesh(self) -> contextlib.AbstractContextManager:
-    if self._mesh is None:
-      return contextlib.nullcontext()
-    return jax.set_mesh(self._mesh)
-
-  def _put_rows(self, value: np.ndarray) -> jax.Array:
-    """The same host array on every host → split over the mesh."""
-    if self._mesh is None:
-      return jax.device_put(value)
-    return _put(value, sharding.batch_sharding(self._mesh))
-
-  def _put_whole(self, value: np.ndarray) -> jax.Array:
-    if self._mesh is None:
-      return jax.device_put(value)
-    return _put(np.asarray(value), sharding.replicated(self._mesh))
-
-
-def _put(value: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-  return jax.make_array_from_callback(
-    value.shape, where, lambda index: value[index]
-  )
+    if len(next(iter(rows.values()))):
+      return self._batches.apply(function, rows)
+    side = self.generator.autoencoder.config.output_size
+    shape = self.generator.latent_shape if latents else (side, side, 3)
+    return np.zeros((0, *extra, *shape), np.float32 if latents else np.uint8)
 
 
 def _grid(settings: SampleConfig, start: float = 1.0) -> np.ndarray:
