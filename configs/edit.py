@@ -62,12 +62,12 @@ def _miniature() -> ml_collections.ConfigDict:
   c.checkpoint = dict(every_steps=250, keep=2)
   c.eval = dict(every_steps=1000, batch_size=64, probe="scenes")
   # mixed: for CPUs with AMX (python -m psvae_jax.benchmarks.products).
-  c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=4)
+  c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
     condition="text", dit=SIZES["tiny"], text_encoder="", text_length=16
   )
   # As configs/t2i.py, whose cache is read again.
-  c.cache = dict(num_examples=64_000, num_stats=64_000, dtype="float16")
+  c.cache = dict(num_examples=128_000, num_stats=64_000, dtype="float16")
   c.sample = dict(
     solver="ancestral", steps=100, guidance=2.5, image_guidance=1.5, shift=1.0
   )

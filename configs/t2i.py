@@ -62,20 +62,20 @@ def _miniature() -> ml_collections.ConfigDict:
   c.data = dict(source="scenes")
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.checkpoint = dict(every_steps=1000, keep=2)
-  c.eval = dict(every_steps=1850, batch_size=64, probe="scenes")
+  c.eval = dict(every_steps=3500, batch_size=64, probe="scenes")
   # mixed: for CPUs with AMX (python -m psvae_jax.benchmarks.products).
-  c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=4)
+  c.compute = dict(dtype="float32", products="mixed", remat=False, unroll=6)
   c.model = dict(
     condition="text",
     dit=SIZES["tiny"],
     text_encoder="",  # the embedded one
     text_length=16,  # the longest caption has 16 tokens
   )
-  c.cache = dict(num_examples=64_000, num_stats=64_000, dtype="float16")
+  c.cache = dict(num_examples=128_000, num_stats=64_000, dtype="float16")
   # Ancestral steps make up for what a small model gets wrong on the way.
   c.sample = dict(solver="ancestral", steps=100, guidance=2.5, shift=1.0)
   c.t2i = dict(
-    train=dict(steps=3_700, batch_size=128, log_every=50, ema=0.998),
+    train=dict(steps=7_000, batch_size=64, log_every=50, ema=0.999),
     optim=dict(
       name="muon",
       learning_rate=0.01,

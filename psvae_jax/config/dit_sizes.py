@@ -13,11 +13,11 @@ _RAE_HEAD = dict(head_width=2048, head_depth=2, head_num_heads=16)
 _TWO_THIRDS = 8 / 3  # SwiGLU's three matrices cost what a plain MLP's two do
 
 SIZES: dict[str, dict[str, Any]] = {
-  # Without a head: a trunk of 256 channels carries 24 of noise by itself.
+  # Without a head: a trunk of 192 channels carries 24 of noise by itself.
   "tiny": dict(
-    width=256,
-    depth=4,
-    num_heads=4,
+    width=192,
+    depth=6,
+    num_heads=3,
     mlp_ratio=_TWO_THIRDS,
     head_depth=0,
   ),
