@@ -10,9 +10,10 @@ the one is not forgotten over the other. It starts from the workdir's `t2i`.
 
 Variants
 ""        the embedded miniature: recolour, reshape, resize, add, remove, move.
-          32 minutes on two CPU cores with AMX, cache and evaluation included,
-          to eval/edit_success 0.74 (ceiling 0.96, a copy of the source 0), and
-          eval/joint_accuracy of text-to-image from 0.73 to 0.71.
+          Not run to its end with this sampler and cache; with 50 Euler steps
+          and half the scenes (commit ca1692e) 32 minutes on two CPU cores with
+          AMX, cache and evaluation included, to eval/edit_success 0.74 (ceiling
+          0.96, a copy of the source 0).
 "0.65B"   the paper's budget: 50 000 steps from the workdir's `t2i`, trained by
           configs/t2i.py:0.65B (paper), on triples like OmniEdit's (1.2 M,
           paper) in a folder (--config.data.edits=…), mixed with the captioned

@@ -5,9 +5,9 @@ last, downwards from t = 1 (noise). What a sample costs is its number of
 velocity evaluations, `num_evaluations`; "50 steps" says that only together
 with the solver and the name of the grid.
 
-"ancestral" is no solver of that equation but of the stochastic one with the
-same marginals: it replaces a part of the noise at every step, and so forgets
-the errors that came before.
+"ancestral" solves not that equation but a stochastic one with the same
+marginals: every step replaces a part of the noise (DDPM, arXiv 2006.11239; η = 1
+in DDIM, arXiv 2010.02502).
 """
 
 from collections.abc import Callable, Sequence
@@ -98,9 +98,8 @@ def integrate(
 
   "euler" is of first order; "heun" (trapezoid) and "midpoint" are of second
   order and evaluate the velocity twice a step. "ancestral" goes from t to s
-  by a draw from q(x_s | x_t, x₀) at the x₀-estimate, DDPM's step (DDIM's with
-  η = 1) in this flow. Whatever the solver, the program holds one copy of
-  `velocity_fn`: a scan over evaluations, not steps.
+  by a draw from q(x_s | x_t, x₀) at the x₀-estimate. Whatever the solver, the
+  program holds one copy of `velocity_fn`: a scan over evaluations, not steps.
 
   Args:
     velocity_fn: x (B, …) and scalar t → v (B, …).

@@ -287,6 +287,15 @@ def test_ancestral_steps_keep_the_marginals_of_the_data():
   assert abs(np.corrcoef(start, out)[0, 1]) < 0.1
 
 
+def test_a_strength_of_zero_leaves_x_as_it_is():
+  grid = samplers.time_grid("uniform", 4, 3.0, 0.0)
+  x = jnp.linspace(-2, 2, 5)
+  out = samplers.integrate(
+    lambda x, t: x + 1, x, grid, "ancestral", noise_fn=lambda step: x
+  )
+  np.testing.assert_array_equal(out, x)
+
+
 def test_noise_is_for_solvers_that_draw_it():
   grid, x = samplers.time_grid("uniform", 4), jnp.ones(2)
   with pytest.raises(ValueError, match="give noise_fn"):
