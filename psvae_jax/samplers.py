@@ -6,8 +6,8 @@ velocity evaluations, `num_evaluations`; "50 steps" says that only together
 with the solver and the name of the grid.
 
 "ancestral" solves not that equation but a stochastic one with the same
-marginals: every step replaces a part of the noise (DDPM, arXiv 2006.11239; η = 1
-in DDIM, arXiv 2010.02502).
+marginals: every step replaces a part of the noise (DDPM, arXiv 2006.11239; DDIM
+with η = 1, arXiv 2010.02502).
 """
 
 from collections.abc import Callable, Sequence
