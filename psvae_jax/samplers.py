@@ -207,10 +207,8 @@ def _ancestral(
   """
   xp = jnp if isinstance(grid, jax.Array) else np
   t, s = grid[:-1], grid[1:]
-  # From t = 0 to 0, a grid of strength 0, nothing moves.
-  still = (t == 0) | (s == 1)
-  r = (1 - t) * s / xp.where(still, 1, (1 - s) * t)
-  r = xp.where(still, 1, r)
+  # A grid of strength 0 goes from t = 0 to 0: there r = 0, and nothing moves.
+  r = (1 - t) * s / xp.where(t == 0, 1, (1 - s) * t)
   advance = -(1 - s) * t + s * r * (1 - t)
   retain = (1 - s) + s * r
   fresh = s * xp.sqrt(xp.maximum(1 - r * r, 0))

@@ -9,7 +9,7 @@ import tiny
 import tiny_generator
 from PIL import Image
 
-from psvae_jax import contact_sheet, edit, export, exported, sample
+from psvae_jax import contact_sheet, edit, export, exported, sample, samplers
 from psvae_jax.text_to_image import TextToImage
 
 
@@ -273,3 +273,10 @@ def test_help_shows_examples(command, capsys):
   assert len(examples) == 4
   for line in examples:
     command.parse_arguments(shlex.split(line)[3:])
+
+
+@pytest.mark.parametrize("solver", samplers.SOLVERS)
+def test_every_solver_can_be_chosen(solver):
+  # The command spells them out, so that --help is there before jax is.
+  arguments = sample.parse_arguments(["--prompts", "dot", "--solver", solver])
+  assert arguments.solver == solver
