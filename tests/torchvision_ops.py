@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 try:
   import torchvision  # noqa: F401
 except RuntimeError:
-  for _name in [name for name in sys.modules if name.startswith("torchvision")]:
-    del sys.modules[_name]
+  for _name in list(sys.modules):
+    if _name.split(".")[0] == "torchvision":
+      del sys.modules[_name]
   # Held for as long as the process lives: the schemas go with it.
   _LIBRARY = torch.library.Library("torchvision", "DEF")
   for _name in ("nms", "qnms"):
