@@ -101,8 +101,14 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   os.replace(temporary, path)
 
 
-def read_safetensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def read_safetensors(
+  folder: pathlib.Path, stem: str = "model"
+) -> dict[str, np.ndarray]:
   """Reads the tensors of a model folder, sharded or not.
+
+  Args:
+    folder: the model folder.
+    stem: of the file names; "diffusion_pytorch_model" in diffusers' folders.
 
   Returns:
     Tensor of every key; floating point ones as float32, whatever their type
@@ -113,13 +119,13 @@ def read_safetensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     ValueError: a file is truncated or malformed; names the file.
   """
   folder = pathlib.Path(folder)
-  single = folder / "model.safetensors"
-  index = folder / "model.safetensors.index.json"
+  single = folder / f"{stem}.safetensors"
+  index = folder / f"{stem}.safetensors.index.json"
   if single.is_file():
     return _read_file(single)
   if not index.is_file():
     raise FileNotFoundError(
-      f"{folder} has neither model.safetensors nor {index.name}; convert "
+      f"{folder} has neither {single.name} nor {index.name}; convert "
       "other formats to safetensors first"
     )
   weight_map = read_json(index).get("weight_map")
