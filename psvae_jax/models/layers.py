@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_new": functools.partial(nn.gelu, approximate=True),
   "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "relu": nn.relu,
   "relu2": lambda x: jnp.square(nn.relu(x)),
   "silu": nn.silu,
