@@ -5,7 +5,8 @@ run in `dtype`; norms and softmax run in float32 or wider, see `wide`. The
 residual stream keeps `dtype`.
 
 The block is DINOv2's: pre-norm, LayerScale on both branches, MLP or SwiGLU.
-Models without LayerScale set `layerscale_init=None`.
+Models without LayerScale set `layerscale_init=None`. What else published vision
+encoders do differently is a field of `BlockConfig`.
 """
 
 import dataclasses
@@ -17,6 +18,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from psvae_jax.models import rotary
 
 Dtype = Any
 
@@ -52,6 +56,9 @@ class BlockConfig:
     qkv_bias: whether query, key and value projections have a bias.
     layerscale_init: initial LayerScale value; None leaves LayerScale out.
     layer_norm_eps: epsilon of every LayerNorm.
+    key_bias: whether the key projection has a bias, where the others have.
+    rotary_base: base of DINOv3's rotary positions, see `rotary.centre_angles`;
+      None leaves them out. A stack is told the tokens' angles, see `angles`.
   """
 
   width: int
@@ -62,6 +69,27 @@ class BlockConfig:
   qkv_bias: bool = True
   layerscale_init: float | None = 1.0
   layer_norm_eps: float = 1e-6
+  key_bias: bool = True
+  rotary_base: float | None = None
+
+  def angles(
+    self, rows: int, columns: int, prefix: int = 0
+  ) -> np.ndarray | None:
+    """Rotary angles of a grid's tokens, which stand after `prefix` others.
+
+    Returns:
+      (prefix + rows · columns, width / num_heads / 2) float64: what a stack of
+      such blocks takes. None where blocks know no positions.
+
+    Raises:
+      ValueError: the heads' width is not a multiple of 4.
+    """
+    if self.rotary_base is None:
+      return None
+    grid = rotary.centre_angles(
+      rows, columns, self.width // self.num_heads, self.rotary_base
+    )
+    return np.pad(grid, ((prefix, 0), (0, 0)))
 
 
 class LayerNorm(nn.Module):
@@ -109,13 +137,18 @@ def attend(
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention: (B, N, D) → (B, N, D)."""
+  """Multi-head self-attention: (B, N, D) → (B, N, D).
+
+  `angles` (N, d/2) turn queries and keys, where the tokens have any.
+  """
 
   config: BlockConfig
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, angles: np.ndarray | None = None
+  ) -> jax.Array:
     config = self.config
     if config.width % config.num_heads:
       raise ValueError(
@@ -126,13 +159,17 @@ class Attention(nn.Module):
     heads = (batch, length, config.num_heads, width // config.num_heads)
 
     # Plain Dense + reshape: DenseGeneral cannot be constrained under a mesh.
-    def project(name):
-      dense = nn.Dense(
-        width, use_bias=config.qkv_bias, dtype=self.dtype, name=name
-      )
+    def project(name, bias):
+      dense = nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
       return dense(x).reshape(heads)
 
-    query, key, value = project("query"), project("key"), project("value")
+    bias = config.qkv_bias
+    query = project("query", bias)
+    key = project("key", bias and config.key_bias)
+    value = project("value", bias)
+    if angles is not None:
+      query = rotary.rotate(query, angles).astype(self.dtype)
+      key = rotary.rotate(key, angles).astype(self.dtype)
     out = attend(query, key, value)
     out = out.reshape(batch, length, width)
     return nn.Dense(width, dtype=self.dtype, name="out")(out)
@@ -189,7 +226,9 @@ class Block(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, angles: np.ndarray | None = None
+  ) -> jax.Array:
     config = self.config
 
     def norm(name):
@@ -203,7 +242,7 @@ class Block(nn.Module):
       return LayerScale(config.layerscale_init, name=name)(branch)
 
     attention = Attention(config, self.dtype, name="attention")
-    x = x + scale(attention(norm("norm1")(x)), "scale1")
+    x = x + scale(attention(norm("norm1")(x), angles), "scale1")
     mlp = Mlp(config, self.dtype, name="mlp")
     return x + scale(mlp(norm("norm2")(x)), "scale2")
 
@@ -227,22 +266,28 @@ class BlockStack(nn.Module):
   dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, taps: tuple[int, ...] = ()) -> Any:
+  def __call__(
+    self,
+    x: jax.Array,
+    taps: tuple[int, ...] = (),
+    angles: np.ndarray | None = None,
+  ) -> Any:
     """Runs the blocks.
 
     Args:
       x: (B, N, D) tokens.
       taps: ascending indices of blocks whose outputs are wanted.
+      angles: (N, d/2) of the tokens' rotary positions: `config.angles(…)`.
 
     Returns:
       (B, N, D), the last block's output; with `taps` a tuple of theirs, and
       the blocks after the last of them do not run.
     """
     if taps and not self.is_initializing():
-      return self._tapped(x, taps)
+      return self._tapped(x, taps, angles)
 
     def body(block, carry):
-      return block(carry), None
+      return block(carry, angles), None
 
     # prevent_cse only guards against CSE outside a scan; inside it costs time.
     if self.remat:
@@ -258,7 +303,9 @@ class BlockStack(nn.Module):
     x, _ = scan(block, x.astype(self.dtype))
     return (x,) * len(taps) if taps else x
 
-  def _tapped(self, x: jax.Array, taps: tuple[int, ...]) -> tuple:
+  def _tapped(
+    self, x: jax.Array, taps: tuple[int, ...], angles: np.ndarray | None
+  ) -> tuple:
     """Outputs of some blocks: one loop from each to the next.
 
     A single loop would write out the output of every block.
@@ -267,7 +314,7 @@ class BlockStack(nn.Module):
     params = self.variables["params"]["block"]
 
     def body(x, params):
-      return block.apply({"params": params}, x), None
+      return block.apply({"params": params}, x, angles), None
 
     if self.remat:
       body = jax.checkpoint(body, prevent_cse=False)

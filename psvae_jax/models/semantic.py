@@ -22,7 +22,8 @@ FINAL_NORMS = ("affine", "affine_free")
 class SemanticEncoder(nn.Module):
   """Patch tokens (B, h, w, D) → posterior over latents (B, h, w, C).
 
-  No position code is added: the encoder's tokens carry their positions.
+  No position code is added: the encoder's tokens carry their positions. Where
+  the encoder's blocks turn queries and keys by place (DINOv3), these do too.
 
   Attributes:
     block: the representation encoder's block; `block.width` is D.
@@ -51,7 +52,7 @@ class SemanticEncoder(nn.Module):
         f"got {tokens.shape}"
       )
     x = tokens.reshape(batch, height * width, dim)
-    x = _blocks(self)(x)
+    x = _blocks(self)(x, angles=self.block.angles(height, width))
     epsilon = self.block.layer_norm_eps
     x = layers.LayerNorm(epsilon=epsilon, dtype=self.dtype, name="norm")(x)
     x = nn.Dense(self.mlp_hidden, dtype=self.dtype, name="fc1")(x)
@@ -67,6 +68,9 @@ class SemanticEncoder(nn.Module):
 
 class SemanticDecoder(nn.Module):
   """Latents (B, h, w, C) → features f″ (B, h, w, D) float32.
+
+  Sin-cos positions are added to the tokens, beside the rotary ones of an
+  encoder whose blocks have them.
 
   Attributes:
     block: the representation encoder's block; `block.width` is D.
@@ -98,7 +102,8 @@ class SemanticDecoder(nn.Module):
     x = nn.gelu(x, approximate=False)
     x = nn.Dense(dim, dtype=self.dtype, name="fc2")(x)
     x = x + sincos_positions(height, width, dim, self.dtype)
-    x = _blocks(self)(x.reshape(batch, height * width, dim))
+    x = x.reshape(batch, height * width, dim)
+    x = _blocks(self)(x, angles=self.block.angles(height, width))
     x = layers.LayerNorm(
       epsilon=self.block.layer_norm_eps,
       affine=self.final_norm == "affine",

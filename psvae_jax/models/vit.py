@@ -1,8 +1,10 @@
-"""Vision transformer of the DINOv2 family: images to patch features.
+"""Vision transformer of published encoders: images to patch features.
 
 Sequence: [CLS + position, registers (no position), patches + position], as in
-DINOv2 with registers (arXiv 2304.07193, 2309.16588). Only patch tokens leave
-the module.
+DINOv2 with registers (arXiv 2304.07193, 2309.16588). Families differ by fields
+of `ViTConfig`: SigLIP has no CLS, DINOv3 turns queries and keys in place of
+adding positions, CLIP norms its tokens before the first block. Patch tokens
+leave the module, or CLS.
 """
 
 import dataclasses
@@ -18,6 +20,10 @@ from psvae_jax.models import layers, resize
 _MAX_SIZE = 2**24
 
 FinalNorm = Literal["affine", "affine_free"]
+Output = Literal["patches", "cls"]
+Positions = Literal["learned", "fixed", "rotary"]
+
+_POSITIONS = ("learned", "fixed", "rotary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +37,8 @@ class ViTConfig:
     patch_size: side of a patch, pixels.
     image_size: side, in pixels, of the square image that the position
       embeddings belong to.
-    mlp_ratio: hidden width of the MLP over `width`.
+    mlp_ratio: hidden width of the MLP over `width`, of which a gated one keeps
+      two thirds; unused where `mlp_hidden` says it outright.
     num_registers: register tokens.
     swiglu: SwiGLU in place of the MLP (DINOv2-giant).
     activation: a key of `layers.ACTIVATIONS`, for the plain MLP.
@@ -41,6 +48,15 @@ class ViTConfig:
     position_antialias: whether position embeddings are resized with an
       antialiasing filter. None means as published: with registers yes,
       without no. The two differ by far more than rounding.
+    mlp_hidden: hidden width of the MLP, gated or not; None takes `mlp_ratio`.
+    cls_token: whether a CLS token stands before all others.
+    positions: "learned" embeddings; "fixed" ones, parameters that start as
+      MAE's sin-cos code and get no gradient; or "rotary", in every block's
+      attention and without parameters (DINOv3).
+    rotary_base: base of the rotary positions' frequencies.
+    key_bias: whether the key projection has a bias, where the others have.
+    patch_bias: whether the patch embedding has a bias.
+    pre_norm: a LayerNorm before the first block (CLIP).
   """
 
   width: int
@@ -48,7 +64,7 @@ class ViTConfig:
   num_heads: int
   patch_size: int
   image_size: int
-  mlp_ratio: float
+  mlp_ratio: float = 4.0
   num_registers: int = 0
   swiglu: bool = False
   activation: str = "gelu"
@@ -56,15 +72,25 @@ class ViTConfig:
   qkv_bias: bool = True
   layerscale_init: float | None = 1.0
   position_antialias: bool | None = None
+  mlp_hidden: int | None = None
+  cls_token: bool = True
+  positions: Positions = "learned"
+  rotary_base: float = 100.0
+  key_bias: bool = True
+  patch_bias: bool = True
+  pre_norm: bool = False
 
   def __post_init__(self):
+    hidden = self.mlp_hidden
+    if hidden is None:
+      hidden = int(self.width * self.mlp_ratio)
     sizes = {
       "width": self.width,
       "depth": self.depth,
       "num_heads": self.num_heads,
       "patch_size": self.patch_size,
       "image_size": self.image_size,
-      "MLP hidden width": int(self.width * self.mlp_ratio),
+      "MLP hidden width": hidden,
     }
     for name, value in sizes.items():
       if not 1 <= value <= _MAX_SIZE:
@@ -86,6 +112,26 @@ class ViTConfig:
         f"unknown activation {self.activation!r}; known: "
         f"{', '.join(layers.ACTIVATIONS)}"
       )
+    self._check_positions()
+
+  def _check_positions(self):
+    if self.positions not in _POSITIONS:
+      raise ValueError(
+        f"unknown positions {self.positions!r}; known: {', '.join(_POSITIONS)}"
+      )
+    head_dim = self.width // self.num_heads
+    if self.positions == "rotary" and head_dim % 4:
+      raise ValueError(
+        f"rotary positions need heads whose width is a multiple of 4, not "
+        f"{head_dim} (width {self.width}, num_heads {self.num_heads})"
+      )
+    if self.positions == "rotary" and not self.rotary_base > 1:
+      raise ValueError(f"rotary_base {self.rotary_base} is not above 1")
+    if self.positions == "fixed" and self.width % 4:
+      raise ValueError(
+        f"sin-cos positions need a width that is a multiple of 4, not "
+        f"{self.width}"
+      )
 
   @property
   def grid(self) -> int:
@@ -102,10 +148,12 @@ class ViTConfig:
   @property
   def block(self) -> layers.BlockConfig:
     """The same hyper-parameters for one block."""
-    hidden = int(self.width * self.mlp_ratio)
-    if self.swiglu:
-      # Two thirds keep the parameter count of the plain MLP, as DINOv2.
-      hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+    hidden = self.mlp_hidden
+    if hidden is None:
+      hidden = int(self.width * self.mlp_ratio)
+      if self.swiglu:
+        # Two thirds keep the parameter count of the plain MLP, as DINOv2.
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     return layers.BlockConfig(
       width=self.width,
       num_heads=self.num_heads,
@@ -115,6 +163,8 @@ class ViTConfig:
       qkv_bias=self.qkv_bias,
       layerscale_init=self.layerscale_init,
       layer_norm_eps=self.layer_norm_eps,
+      key_bias=self.key_bias,
+      rotary_base=self.rotary_base if self.positions == "rotary" else None,
     )
 
 
@@ -141,6 +191,8 @@ class ViT(nn.Module):
     dtype: compute dtype of matrix products.
     taps: ascending indices of blocks, from 0, whose patch tokens are returned
       in place of the final norm's, which there is none of then.
+    output: "patches", or "cls" for the CLS token after the final norm. The
+      parameters are the same. `taps` are patch tokens whatever it is.
   """
 
   config: ViTConfig
@@ -149,6 +201,7 @@ class ViT(nn.Module):
   unroll: int = 1
   dtype: Any = jnp.float32
   taps: tuple[int, ...] = ()
+  output: Output = "patches"
 
   @nn.compact
   def __call__(self, images: jax.Array) -> Any:
@@ -157,47 +210,39 @@ class ViT(nn.Module):
     Args:
       images: (B, H, W, 3) float32, already normalised by the encoder's mean
         and std. H and W are multiples of the patch size, and need not be the
-        native size: position embeddings are resized to the image.
+        native size: position embeddings are resized to the image. A native
+        size that is no multiple (SigLIP so400m/14 at 384) is taken as well:
+        pixels right of and below the last whole patch are not looked at, as
+        by the convolution that the patch embedding was published as.
 
     Returns:
-      (B, H/p, W/p, D) float32: patch tokens after the final norm. With `taps`
-      a tuple of (B, H/p · W/p, D) float32, as the blocks leave them.
+      (B, H/p, W/p, D) float32: patch tokens after the final norm. With output
+      "cls" (B, D) float32. With `taps` a tuple of (B, H/p · W/p, D) float32,
+      as the blocks leave them.
 
     Raises:
-      ValueError: bad image shape, `taps`, or unknown `final_norm`.
+      ValueError: bad image shape, `taps`, unknown `final_norm` or `output`, or
+        the CLS token of a network that has none.
     """
     config = self.config
-    if self.final_norm not in ("affine", "affine_free"):
-      raise ValueError(
-        f'final_norm is "affine" or "affine_free", not {self.final_norm!r}'
-      )
-    taps, depth = self.taps, config.depth
-    if list(taps) != sorted({tap for tap in taps if 0 <= tap < depth}):
-      raise ValueError(f"taps {taps} must ascend within {depth} blocks")
+    self._check_options()
+    rows, columns = self._grid(images.shape)
     patch = config.patch_size
-    if images.ndim != 4 or images.shape[3] != 3:
-      raise ValueError(f"images must be (B, H, W, 3), got {images.shape}")
-    if images.shape[1] % patch or images.shape[2] % patch:
-      raise ValueError(
-        f"image size {images.shape[1]}x{images.shape[2]} is not a multiple "
-        f"of the patch size {patch}; resize the images first"
-      )
+    images = images[:, : rows * patch, : columns * patch]
 
     # A patch convolution is a matrix product; as one it is faster on a CPU.
-    embed = nn.Dense(config.width, dtype=self.dtype, name="patch_embed")
+    embed = nn.Dense(
+      config.width,
+      use_bias=config.patch_bias,
+      dtype=self.dtype,
+      name="patch_embed",
+    )
     patches = embed(patchify(images, patch))
-    batch, rows, columns, width = patches.shape
+    batch, _, _, width = patches.shape
     patches = patches.reshape(batch, rows * columns, width)
-
-    cls_position, patch_positions = self._positions(rows, columns)
-    cls_token = self._token("cls_token", 1) + cls_position
-    prefix = [cls_token]
-    if config.num_registers:
-      prefix.append(self._token("register_tokens", config.num_registers))
-    prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
-    prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[1:]))
-    patches = patches + patch_positions.astype(self.dtype)
-    tokens = jnp.concatenate([prefix, patches], axis=1)
+    tokens, prefix = self._sequence(patches, rows, columns)
+    if config.pre_norm:
+      tokens = self._norm("pre_norm", self.dtype)(tokens)
 
     tokens = layers.BlockStack(
       config.block,
@@ -206,34 +251,126 @@ class ViT(nn.Module):
       unroll=self.unroll,
       dtype=self.dtype,
       name="blocks",
-    )(tokens, taps)
-    if taps:
-      skip = prefix.shape[1]
-      return tuple(x[:, skip:].astype(layers.wide(self.dtype)) for x in tokens)
-    # The norm acts on each token alone: drop CLS and registers before it.
-    patches = tokens[:, prefix.shape[1] :]
-    patches = layers.LayerNorm(
-      epsilon=config.layer_norm_eps,
-      affine=self.final_norm == "affine",
-      dtype=layers.wide(self.dtype),
-      name="norm",
-    )(patches)
-    return patches.reshape(batch, rows, columns, width)
+    )(tokens, self.taps, config.block.angles(rows, columns, prefix))
+    if self.taps:
+      wide = layers.wide(self.dtype)
+      return tuple(x[:, prefix:].astype(wide) for x in tokens)
+    # The norm acts on each token alone: drop the others before it.
+    tokens = tokens[:, 0] if self.output == "cls" else tokens[:, prefix:]
+    affine = self.final_norm == "affine"
+    tokens = self._norm("norm", layers.wide(self.dtype), affine)(tokens)
+    if self.output == "cls":
+      return tokens
+    return tokens.reshape(batch, rows, columns, width)
+
+  def _check_options(self):
+    if self.final_norm not in ("affine", "affine_free"):
+      raise ValueError(
+        f'final_norm is "affine" or "affine_free", not {self.final_norm!r}'
+      )
+    taps, depth = self.taps, self.config.depth
+    if list(taps) != sorted({tap for tap in taps if 0 <= tap < depth}):
+      raise ValueError(f"taps {taps} must ascend within {depth} blocks")
+    if self.output not in ("patches", "cls"):
+      raise ValueError(f'output is "patches" or "cls", not {self.output!r}')
+    if self.output == "cls" and not self.config.cls_token:
+      raise ValueError(
+        'output="cls" wants a CLS token, which this network has none of (as '
+        "all of SigLIP); its patch tokens can be averaged"
+      )
+
+  def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of whole patches in images of `shape`."""
+    patch, native = self.config.patch_size, self.config.image_size
+    if len(shape) != 4 or shape[3] != 3:
+      raise ValueError(f"images must be (B, H, W, 3), got {shape}")
+    sides = shape[1:3]
+    if any(side % patch and side != native for side in sides) or 0 in sides:
+      raise ValueError(
+        f"image size {shape[1]}x{shape[2]} is not a multiple "
+        f"of the patch size {patch}; resize the images first"
+      )
+    return sides[0] // patch, sides[1] // patch
+
+  def _norm(self, name: str, dtype: Any, affine: bool = True):
+    return layers.LayerNorm(
+      epsilon=self.config.layer_norm_eps,
+      affine=affine,
+      dtype=dtype,
+      name=name,
+    )
+
+  def _sequence(
+    self, patches: jax.Array, rows: int, columns: int
+  ) -> tuple[jax.Array, int]:
+    """All tokens, with positions, and how many stand before the patches."""
+    config = self.config
+    cls_position, patch_positions = self._positions(rows, columns)
+    prefix = []
+    if config.cls_token:
+      cls_token = self._token("cls_token", 1)
+      if cls_position is not None:
+        cls_token = cls_token + cls_position
+      prefix.append(cls_token)
+    if config.num_registers:
+      prefix.append(self._token("register_tokens", config.num_registers))
+    if patch_positions is not None:
+      patches = patches + patch_positions.astype(self.dtype)
+    if not prefix:
+      return patches, 0
+    prefix = jnp.concatenate(prefix, axis=1).astype(self.dtype)
+    count = prefix.shape[1]
+    prefix = jnp.broadcast_to(prefix, (len(patches), *prefix.shape[1:]))
+    return jnp.concatenate([prefix, patches], axis=1), count
 
   def _token(self, name: str, count: int) -> jax.Array:
     # Not zeros: equal registers get equal gradients and stay equal for ever.
     init = nn.initializers.truncated_normal(0.02)
     return self.param(name, init, (1, count, self.config.width))
 
-  def _positions(self, rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """Position embeddings (1, 1, D) of CLS, (1, rows·columns, D) of patches."""
-    grid = self.config.grid
-    positions = self._token("pos_embed", 1 + grid * grid)
-    cls_position, patch_positions = positions[:, :1], positions[:, 1:]
+  def _positions(
+    self, rows: int, columns: int
+  ) -> tuple[jax.Array | None, jax.Array | None]:
+    """Position embeddings (1, 1, D) of CLS, (1, rows·columns, D) of patches.
+
+    None where there are none to add.
+    """
+    config = self.config
+    if config.positions == "rotary":
+      return None, None
+    grid = config.grid
+    prefix = int(config.cls_token)
+    if config.positions == "fixed":
+      positions = self.param("pos_embed", lambda _: sincos_embedding(config))
+      positions = jax.lax.stop_gradient(positions)
+    else:
+      positions = self._token("pos_embed", prefix + grid * grid)
+    cls_position = positions[:, :1] if prefix else None
+    patch_positions = positions[:, prefix:]
     if (rows, columns) != (grid, grid):
       square = patch_positions.reshape(1, grid, grid, -1)
       square = resize.resize_bicubic(
-        square, (rows, columns), antialias=self.config.antialias
+        square, (rows, columns), antialias=config.antialias
       )
       patch_positions = square.reshape(1, rows * columns, -1)
     return cls_position, patch_positions
+
+
+def sincos_embedding(config: ViTConfig) -> jax.Array:
+  """MAE's fixed position embeddings (1, CLS + grid², D) float32.
+
+  One half of the channels codes the column, the other the row, in this order:
+  the published weights hold it so (arXiv 2111.06377, its code). Each half is
+  sines, then cosines of place × 10000^(−i / (D / 4)). CLS has zeros.
+  """
+  # jnp and not numpy: a shape alone is asked for more often than the values.
+  quarter = config.width // 4
+  frequency = 10_000.0 ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
+  angle = jnp.arange(config.grid, dtype=jnp.float32)[:, None] * frequency
+  code = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+  shape = (config.grid, config.grid, config.width // 2)
+  columns = jnp.broadcast_to(code[None], shape)
+  rows = jnp.broadcast_to(code[:, None], shape)
+  table = jnp.concatenate([columns, rows], axis=-1)
+  table = table.reshape(1, config.grid**2, config.width)
+  return jnp.pad(table, ((0, 0), (int(config.cls_token), 0), (0, 0)))
