@@ -11,7 +11,6 @@ The last layer is computed in float32, because bfloat16 resolves an image in
 compares gradients: `last_layer` finds it in a tree of parameters or gradients.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from psvae_jax.models import layers
-from psvae_jax.models.convolution import convolution
+from psvae_jax.models.conv_blocks import (
+  NUM_GROUPS,
+  AttentionBlock,
+  ResBlock,
+  conv3x3,
+  group_norm,
+  nearest_double,
+)
 from psvae_jax.models.latent import sincos_positions
-
-GROUP_NORM_EPS = 1e-6  # LDM's, not the framework's 1e-5
 
 
 class ConvPixelDecoder(nn.Module):
@@ -49,6 +53,10 @@ class ConvPixelDecoder(nn.Module):
     remat: recompute res and attention blocks in the backward pass.
     dtype: compute dtype; norms, softmax and `conv_out` are float32.
     convolution: "native" or "matmul"; see `models.convolution`.
+    attention_levels: levels, 0 the coarsest, with attention after every res
+      block. None leaves it to `attention`, which says no more than the middle
+      otherwise.
+    num_groups: of every GroupNorm, or as many as divide.
   """
 
   channels: int = 128
@@ -60,6 +68,8 @@ class ConvPixelDecoder(nn.Module):
   remat: bool = False
   dtype: layers.Dtype = jnp.float32
   convolution: str = "native"
+  attention_levels: tuple[int, ...] | None = None
+  num_groups: int = NUM_GROUPS
 
   @property
   def last_layer_path(self) -> tuple[str, ...]:
@@ -70,68 +80,30 @@ class ConvPixelDecoder(nn.Module):
     res_block = nn.remat(ResBlock) if self.remat else ResBlock
     attention = nn.remat(AttentionBlock) if self.remat else AttentionBlock
     widths = [self.channels * mult for mult in reversed(self.channel_mult)]
-    how = self.dtype, self.convolution
+    how, groups = (self.dtype, self.convolution), self.num_groups
+    attended = self.attention_levels
+    if attended is None:
+      attended = (0,) if self.attention else ()
 
-    x = _conv3x3(widths[0], *how, "conv_in")(z)
-    x = res_block(widths[0], *how, name="mid_res0")(x)
+    x = conv3x3(widths[0], *how, "conv_in")(z)
+    x = res_block(widths[0], *how, groups, name="mid_res0")(x)
     if self.attention:
-      x = attention(self.dtype, name="mid_attention")(x)
-    x = res_block(widths[0], *how, name="mid_res1")(x)
+      x = attention(self.dtype, groups, name="mid_attention")(x)
+    x = res_block(widths[0], *how, groups, name="mid_res1")(x)
     for level, width in enumerate(widths):
       for i in range(self.num_res_blocks + 1):
-        x = res_block(width, *how, name=f"up{level}_res{i}")(x)
-        if self.attention and level == 0:
-          x = attention(self.dtype, name=f"up{level}_attention{i}")(x)
+        x = res_block(width, *how, groups, name=f"up{level}_res{i}")(x)
+        if level in attended:
+          name = f"up{level}_attention{i}"
+          x = attention(self.dtype, groups, name=name)(x)
       if level < len(widths) - 1:
-        x = _nearest_double(x)
-        x = _conv3x3(
-          width, self.dtype, self.convolution, f"up{level}_upsample"
-        )(x)
-    x = nn.silu(_group_norm(x, "norm_out"))
+        x = nearest_double(x)
+        x = conv3x3(width, *how, f"up{level}_upsample")(x)
+    x = nn.silu(group_norm(x, "norm_out", groups))
     outputs = self.output_patch**2 * self.out_channels
-    x = _conv3x3(
-      outputs, layers.wide(self.dtype), self.convolution, "conv_out"
-    )(x)
+    wide = layers.wide(self.dtype)
+    x = conv3x3(outputs, wide, self.convolution, "conv_out")(x)
     return _depth_to_space(x, self.output_patch)
-
-
-class ResBlock(nn.Module):
-  """(norm, SiLU, conv) twice, plus the input: (B, H, W, C) → (B, H, W, D)."""
-
-  features: int
-  dtype: layers.Dtype = jnp.float32
-  convolution: str = "native"
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = nn.silu(_group_norm(x, "norm1")).astype(self.dtype)
-    y = _conv3x3(self.features, self.dtype, self.convolution, "conv1")(y)
-    y = nn.silu(_group_norm(y, "norm2")).astype(self.dtype)
-    y = _conv3x3(self.features, self.dtype, self.convolution, "conv2")(y)
-    if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
-    return x + y
-
-
-class AttentionBlock(nn.Module):
-  """Single-head self-attention over positions, residual: (B, H, W, C)."""
-
-  dtype: layers.Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    batch, height, width, channels = x.shape
-    y = _group_norm(x, "norm").astype(self.dtype)
-    y = y.reshape(batch, height * width, channels)
-
-    def project(name):
-      dense = nn.Dense(channels, dtype=self.dtype, name=name)
-      return dense(y)[:, :, None]  # one head
-
-    query, key, value = project("query"), project("key"), project("value")
-    y = layers.attend(query, key, value)[:, :, 0]
-    y = nn.Dense(channels, dtype=self.dtype, name="out")(y)
-    return x + y.reshape(x.shape)
 
 
 class ViTPixelDecoder(nn.Module):
@@ -204,11 +176,11 @@ class ViTPixelDecoder(nn.Module):
     image = overlap_add(x, self.overlap)
     if not self.refine_channels:
       return image
-    y = _conv3x3(
+    y = conv3x3(
       self.refine_channels, self.dtype, self.convolution, "refine_in"
     )(image)
     y = nn.gelu(y, approximate=False)
-    return image + _conv3x3(
+    return image + conv3x3(
       self.out_channels, wide, self.convolution, "refine_out"
     )(y)
 
@@ -286,38 +258,6 @@ def _fold(
   return (
     inside + place(before, (0, 1), (rest, 0)) + place(after, (1, 0), (0, rest))
   )
-
-
-def _conv3x3(
-  features: int, dtype: layers.Dtype, kind: str, name: str
-) -> nn.Conv:
-  return nn.Conv(
-    features,
-    (3, 3),
-    padding=1,
-    dtype=dtype,
-    conv_general_dilated=convolution(kind),
-    name=name,
-  )
-
-
-def _group_norm(x: jax.Array, name: str) -> jax.Array:
-  """GroupNorm, computed wide, with LDM's 32 groups or as many as divide."""
-  return nn.GroupNorm(
-    num_groups=math.gcd(32, x.shape[-1]),
-    epsilon=GROUP_NORM_EPS,
-    use_fast_variance=False,
-    dtype=layers.wide(x.dtype),
-    name=name,
-  )(x.astype(layers.wide(x.dtype)))
-
-
-def _nearest_double(x: jax.Array) -> jax.Array:
-  batch, height, width, channels = x.shape
-  x = jnp.broadcast_to(
-    x[:, :, None, :, None], (batch, height, 2, width, 2, channels)
-  )
-  return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def _depth_to_space(x: jax.Array, patch: int) -> jax.Array:

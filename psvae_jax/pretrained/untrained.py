@@ -1,5 +1,6 @@
 """Random parameters for published architectures without their weights."""
 
+import math
 import zlib
 from typing import Any
 
@@ -30,7 +31,11 @@ def random_params(shapes: Any) -> Any:
     if name.endswith(("scale", "bias")):
       return np.full(leaf.shape, name.endswith("scale"), np.float32)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    stddev = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
+    stddev = 0.02
+    if name.endswith("kernel"):
+      # (h, w, in, out) of a convolution; in, out of a Dense, stacked or not.
+      inputs = leaf.shape[:3] if len(leaf.shape) == 4 else leaf.shape[-2:-1]
+      stddev = math.prod(inputs) ** -0.5
     return np.float32(stddev) * rng.standard_normal(leaf.shape, np.float32)
 
   return jax.tree_util.tree_map_with_path(one, shapes)
