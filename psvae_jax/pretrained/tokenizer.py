@@ -13,10 +13,12 @@ import numpy as np
 
 from psvae_jax.pretrained import files
 
-# What a tokenizer is read from; the first two hold vocabularies.
+# What a tokenizer is read from. One of the first three holds a vocabulary.
 TOKENIZER_FILES = (
   "tokenizer.json",
   "spiece.model",
+  "vocab.json",
+  "merges.txt",
   "tokenizer_config.json",
   "special_tokens_map.json",
   "added_tokens.json",
@@ -44,11 +46,11 @@ class Tokenizer:
   def __post_init__(self):
     if self.max_length < 1:
       raise ValueError(f"max_length must be positive, got {self.max_length}")
-    paths = [pathlib.Path(self.folder, name) for name in TOKENIZER_FILES[:2]]
+    paths = [pathlib.Path(self.folder, name) for name in TOKENIZER_FILES[:3]]
     if not any(path.is_file() for path in paths):
       raise FileNotFoundError(
-        f"{self.folder} has neither {paths[0].name} nor {paths[1].name}; "
-        "give a folder that holds a tokenizer"
+        f"{self.folder} has neither tokenizer.json nor spiece.model nor "
+        "vocab.json; give a folder that holds a tokenizer"
       )
 
   def __reduce__(self):
