@@ -1,4 +1,4 @@
-"""Resampling that gives the same numbers as PyTorch's, bicubic and bilinear.
+"""Resampling that gives the same numbers as PyTorch's or TensorFlow 1's.
 
 `jax.image.resize` differs from `torch.nn.functional.interpolate`: another
 cubic (a = -0.5 against -0.75), other borders, and antialiasing by default.
@@ -47,8 +47,7 @@ def bicubic_matrix(
   Raises:
     ValueError: a size is below 1.
   """
-  if in_size < 1 or out_size < 1:
-    raise ValueError(f"cannot resize an axis of {in_size} to {out_size}")
+  _check_sizes(in_size, out_size)
   # PyTorch computes sample positions in float32. At 256 pixels their rounding
   # alone moves results by 5e-5, so it is part of being equal.
   scale = np.float32(in_size) / np.float32(out_size)
@@ -87,17 +86,48 @@ def bilinear_matrix(in_size: int, out_size: int) -> np.ndarray:
   Raises:
     ValueError: a size is below 1.
   """
-  if in_size < 1 or out_size < 1:
-    raise ValueError(f"cannot resize an axis of {in_size} to {out_size}")
+  _check_sizes(in_size, out_size)
   half = np.float32(0.5)  # positions in float32, see `bicubic_matrix`
   scale = np.float32(in_size) / np.float32(out_size)
   center = scale * (np.arange(out_size, dtype=np.float32) + half) - half
-  center = np.maximum(center, np.float32(0.0))
-  first = np.minimum(center.astype(np.int64), in_size - 1)
+  return _two_taps(np.maximum(center, np.float32(0.0)), in_size)
+
+
+@functools.lru_cache(maxsize=64)
+def bilinear_tf1_matrix(in_size: int, out_size: int) -> np.ndarray:
+  """Weights of TensorFlow 1's bilinear resampling along one axis.
+
+  `tf.image.resize_bilinear(align_corners=False, half_pixel_centers=False)`:
+  sample i stands at i · in / out, so that pictures move up and left by half a
+  pixel of the larger grid. Networks of that time were trained so.
+
+  Args:
+    in_size: samples along the axis, at least 1.
+    out_size: samples wanted, at least 1.
+
+  Returns:
+    (out_size, in_size) float64 array, read-only; every row sums to 1.
+
+  Raises:
+    ValueError: a size is below 1.
+  """
+  _check_sizes(in_size, out_size)
+  scale = np.float32(in_size) / np.float32(out_size)
+  return _two_taps(scale * np.arange(out_size, dtype=np.float32), in_size)
+
+
+def _check_sizes(in_size: int, out_size: int) -> None:
+  if in_size < 1 or out_size < 1:
+    raise ValueError(f"cannot resize an axis of {in_size} to {out_size}")
+
+
+def _two_taps(position: np.ndarray, in_size: int) -> np.ndarray:
+  """Matrix that interpolates between the neighbours of each position ≥ 0."""
+  first = np.minimum(position.astype(np.int64), in_size - 1)
   second = np.minimum(first + 1, in_size - 1)
-  weight = (center - first.astype(np.float32)).astype(np.float64)
-  matrix = np.zeros((out_size, in_size))
-  rows = np.arange(out_size)
+  weight = (position - first.astype(np.float32)).astype(np.float64)
+  matrix = np.zeros((len(position), in_size))
+  rows = np.arange(len(position))
   np.add.at(matrix, (rows, first), 1.0 - weight)
   np.add.at(matrix, (rows, second), weight)
   matrix.flags.writeable = False
@@ -142,6 +172,25 @@ def resize_bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     ValueError: `images` has fewer than 3 axes or is not floating point.
   """
   return _resize(images, size, bilinear_matrix)
+
+
+def resize_bilinear_tf1(
+  images: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+  """Resizes images as TensorFlow 1's bilinear resizing does by default.
+
+  Args:
+    images: (..., H, W, C) floating point, any range.
+    size: the (height, width) wanted.
+
+  Returns:
+    (..., height, width, C) in the dtype of `images`, computed in float32 (or
+    wider, if `images` is).
+
+  Raises:
+    ValueError: `images` has fewer than 3 axes or is not floating point.
+  """
+  return _resize(images, size, bilinear_tf1_matrix)
 
 
 def _resize(
