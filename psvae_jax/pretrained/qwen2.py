@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.models import qwen2
 from psvae_jax.pretrained import files, mapping
+from psvae_jax.pretrained.config_fields import Fields
 from psvae_jax.pretrained.untrained import RANDOM, random_params
 
 _FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -268,30 +268,21 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> qwen2.Qwen2Config:
       "supported"
     )
 
-  def get(field, kind, default=None, values=raw):
-    value = values.get(field, default)
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-      raise ValueError(
-        f"{path}: {field} is {value!r}, it must be one {kind.__name__}"
-      )
-    return value
-
-  heads = get("num_attention_heads", int)
+  read = Fields(raw, path)
+  heads = read.get("num_attention_heads", int)
   # Defaults are those of transformers' Qwen2Config, for files that leave a
   # field out. Fields that say how big the model is have none.
   fields = {
-    "vocab_size": get("vocab_size", int),
-    "hidden_size": get("hidden_size", int),
-    "intermediate_size": get("intermediate_size", int),
-    "num_hidden_layers": get("num_hidden_layers", int),
+    "vocab_size": read.get("vocab_size", int),
+    "hidden_size": read.get("hidden_size", int),
+    "intermediate_size": read.get("intermediate_size", int),
+    "num_hidden_layers": read.get("num_hidden_layers", int),
     "num_attention_heads": heads,
-    "num_key_value_heads": get("num_key_value_heads", int, heads),
-    "rms_norm_eps": get("rms_norm_eps", float, 1e-6),
+    "num_key_value_heads": read.get("num_key_value_heads", int, heads),
+    "rms_norm_eps": read.get("rms_norm_eps", float, 1e-6),
   }
   rope = _rope_parameters(raw, path)
-  fields["rope_theta"] = get("rope_theta", float, 10_000.0, rope)
+  fields["rope_theta"] = Fields(rope, path).get("rope_theta", float, 1e4)
   try:
     config = qwen2.Qwen2Config(**fields)
     _check_supported(raw, config)
