@@ -11,8 +11,10 @@ and 1e-6 on the diagonal other implementations need where there are fewer
 examples than dimensions.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -47,6 +49,51 @@ class FeatureMoments:
     """Adds everything that `other` has seen; `other` is not changed."""
     if other.count:
       self._add(other.count, other._mean, other._scatter)
+
+  def over_hosts(self) -> "FeatureMoments":
+    """The moments of all hosts' features, the same on each.
+
+    All of them must call it, those without a feature too.
+    """
+    if jax.process_count() == 1:
+      return self
+    from jax.experimental import multihost_utils
+
+    def gather(value):
+      # As bytes: a collective would round float64 down to float32.
+      packed = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+      everyone = multihost_utils.process_allgather(packed)
+      return np.ascontiguousarray(everyone).view(value.dtype)
+
+    width = 0 if self._mean is None else len(self._mean)
+    sizes = gather(np.array([self.count, width], np.int64))
+    width = int(sizes[:, 1].max())
+    own = np.zeros((1 + width, width))
+    if self.count:
+      own[0], own[1:] = self._mean, self._scatter
+    total = FeatureMoments()
+    for (count, _), packed in zip(sizes, gather(own), strict=True):
+      if count:
+        packed = packed.reshape(1 + width, width)
+        total._add(int(count), packed[0], packed[1:])
+    return total
+
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    """Everything, bit by bit, as arrays for an .npz."""
+    arrays = {"count": np.int64(self.count)}
+    if self.count:
+      arrays |= {"mean": self._mean, "scatter": self._scatter}
+    return arrays
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "FeatureMoments":
+    """Inverse of `to_arrays`."""
+    moments = cls()
+    moments.count = int(arrays["count"])
+    if moments.count:
+      moments._mean = np.array(arrays["mean"], np.float64)
+      moments._scatter = np.array(arrays["scatter"], np.float64)
+    return moments
 
   @property
   def mean(self) -> np.ndarray:
@@ -100,8 +147,18 @@ def frechet_distance(
   Returns:
     The distance, ≥ 0; 0 for equal Gaussians, |δ|² for a mean shifted by δ. NaN
     where an input is not finite.
+
+  Raises:
+    ValueError: the two have different dimensions.
   """
   inputs = (mean, covariance, other_mean, other_covariance)
+  shapes = [np.shape(x) for x in inputs]
+  width = shapes[0]
+  if shapes != [width, width * 2] * 2 or len(width) != 1:
+    raise ValueError(
+      "a Fréchet distance takes means (D,) and covariances (D, D) of one D, "
+      f"got {shapes[0]} and {shapes[1]} against {shapes[2]} and {shapes[3]}"
+    )
   if not all(np.isfinite(x).all() for x in inputs):
     return float("nan")
   cross = _factor(covariance).T @ _factor(other_covariance)

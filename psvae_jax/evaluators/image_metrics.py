@@ -18,6 +18,7 @@ import numpy as np
 
 from psvae_jax.evaluators.comparison import decibels
 
+ROUNDINGS = ("round", "truncate")
 _LEVELS = 255.0
 _WINDOW = 11
 _SIGMA = 1.5
@@ -26,26 +27,32 @@ _C2 = (0.03 * _LEVELS) ** 2
 _FLAT_GRADIENT = 0.01  # levels a pixel; below it an image counts as flat
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
+def to_uint8(images: jax.Array, rounding: str = "round") -> jax.Array:
   """Float images in [-1, 1] → uint8: rounded (ties to even), then clamped.
 
-  Truncation in place of rounding would darken every image by half a level.
+  Truncation in place of rounding darkens every image by half a level. It is
+  here for figures that are to compare with published ones: RAE truncates.
 
   Args:
     images: floating point array of any shape; values outside [-1, 1] clamp.
+    rounding: "round" or "truncate".
 
   Returns:
     uint8 array of the same shape.
 
   Raises:
-    ValueError: if `images` is not floating point, e.g. uint8 already.
+    ValueError: if `images` is not floating point, e.g. uint8 already, or the
+      rounding is not known.
   """
+  if rounding not in ROUNDINGS:
+    raise ValueError(f"rounding {rounding!r} is none of {', '.join(ROUNDINGS)}")
   if not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(
       f"to_uint8 takes floating point images in [-1, 1], got {images.dtype}; "
       "pass images that are uint8 already as they are"
     )
-  levels = jnp.round((images.astype(jnp.float32) + 1.0) * (_LEVELS / 2))
+  levels = (images.astype(jnp.float32) + 1.0) * (_LEVELS / 2)
+  levels = jnp.round(levels) if rounding == "round" else jnp.floor(levels)
   return jnp.clip(levels, 0.0, _LEVELS).astype(jnp.uint8)
 
 
@@ -167,6 +174,20 @@ class MeanAccumulator:
     for name in other._sums:
       self._sums[name] = self._sums.get(name, 0.0) + other._sums[name]
       self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+
+  def totals(self) -> dict[str, tuple[float, int]]:
+    """Figure name → sum and number of examples."""
+    return {name: (self._sums[name], self._counts[name]) for name in self._sums}
+
+  @classmethod
+  def from_totals(
+    cls, totals: Mapping[str, tuple[float, int]]
+  ) -> "MeanAccumulator":
+    """Inverse of `totals`."""
+    means = cls()
+    means._sums = {name: float(total) for name, (total, _) in totals.items()}
+    means._counts = {name: int(count) for name, (_, count) in totals.items()}
+    return means
 
   def result(self) -> dict[str, float]:
     """Mean of every figure over its unmasked examples.

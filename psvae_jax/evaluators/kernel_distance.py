@@ -11,6 +11,8 @@ import numpy as np
 NUM_SUBSETS = 100
 SUBSET_SIZE = 100
 
+_CHECKED = 4096  # rows that are looked at together
+
 
 def kernel_distance(
   features: np.ndarray,
@@ -23,8 +25,9 @@ def kernel_distance(
   """Mean and standard deviation of the estimate over random subsets.
 
   Args:
-    features: (N, D).
-    others: (M, D).
+    features: (N, D). A memory-mapped array stays on its disk: only subsets
+      are read.
+    others: (M, D), likewise.
     num_subsets: how many pairs of subsets, drawn without replacement inside
       one.
     subset_size: at most; no larger than the smaller set.
@@ -38,21 +41,20 @@ def kernel_distance(
   Raises:
     ValueError: fewer than two examples, or another shape.
   """
-  features = np.asarray(features, np.float64)
-  others = np.asarray(others, np.float64)
+  features, others = np.asarray(features), np.asarray(others)
   size = min(subset_size, len(features), len(others))
   if features.ndim != 2 or features.shape[1:] != others.shape[1:] or size < 2:
     raise ValueError(
       "kernel distance takes (N, D) and (M, D) with N, M ≥ 2, got "
       f"{features.shape} and {others.shape}"
     )
-  if not (np.isfinite(features).all() and np.isfinite(others).all()):
+  if not (_is_finite(features) and _is_finite(others)):
     return float("nan"), float("nan")
   rng = np.random.default_rng(seed)
   estimates = [
     squared_discrepancy(
-      features[rng.choice(len(features), size, replace=False)],
-      others[rng.choice(len(others), size, replace=False)],
+      _draw(features, size, rng),
+      _draw(others, size, rng),
     )
     for _ in range(num_subsets)
   ]
@@ -71,3 +73,16 @@ def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+
+def _draw(
+  rows: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
+  return rows[rng.choice(len(rows), size, replace=False)].astype(np.float64)
+
+
+def _is_finite(rows: np.ndarray) -> bool:
+  return all(
+    np.isfinite(rows[start : start + _CHECKED]).all()
+    for start in range(0, len(rows), _CHECKED)
+  )
