@@ -17,13 +17,14 @@ import numpy as np
 
 from psvae_jax.models.kl_autoencoder import KLAutoencoder, KLConfig
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.config_fields import Fields
+from psvae_jax.pretrained.fields import Fields
 
 CLASS_NAME = "AutoencoderKL"
 STEM = "diffusion_pytorch_model"
 
-_DOWN, _DOWN_ATTENTION = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
-_UP, _UP_ATTENTION = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
+# Without and with attention after every res block.
+_DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
+_UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 def _f8(**options) -> KLConfig:
@@ -249,57 +250,51 @@ def _attention(path: str, key: str, names: Names) -> Iterator[mapping.Rule]:
 def parse_config(raw: Mapping[str, Any], path: pathlib.Path) -> KLConfig:
   """A published config.json → ours; errors name the file and the field."""
   fields = Fields(raw, path)
-  fields.require("_class_name", CLASS_NAME, None)
-  for name in ("in_channels", "out_channels"):
-    fields.require(name, 3)
-  for name in ("latents_mean", "latents_std"):
-    fields.require(name, None)
-  if fields.get("act_fn", str, "silu") not in ("silu", "swish"):
-    fields.fail("act_fn", '"silu"')
+  fields.expect(
+    _class_name=CLASS_NAME,
+    in_channels=3,
+    out_channels=3,
+    latents_mean=None,
+    latents_std=None,
+  )
+  if raw.get("act_fn") != "swish":  # another name of it
+    fields.expect(act_fn="silu")
   widths = fields.get("block_out_channels", list)
   if not all(type(width) is int for width in widths):
-    fields.fail("block_out_channels", "a list of whole numbers")
-  try:
-    # Defaults are those of diffusers' class, which files may leave out.
-    return KLConfig(
-      block_out_channels=tuple(widths),
-      layers_per_block=fields.get("layers_per_block", int, 1),
-      latent_channels=fields.get("latent_channels", int, 4),
-      down_attention=_attended(
-        fields, "down_block_types", _DOWN, _DOWN_ATTENTION
-      ),
-      up_attention=_attended(fields, "up_block_types", _UP, _UP_ATTENTION),
-      mid_attention=fields.get("mid_block_add_attention", bool, True),
-      norm_num_groups=fields.get("norm_num_groups", int, 32),
-      use_quant_conv=fields.get("use_quant_conv", bool, True),
-      use_post_quant_conv=fields.get("use_post_quant_conv", bool, True),
-      scaling_factor=fields.get("scaling_factor", float, 0.18215),
-      shift_factor=fields.get("shift_factor", float, None) or 0.0,
-      sample_size=_side(raw, fields),
-    )
-  except ValueError as error:
-    said = str(error)
     raise ValueError(
-      said if said.startswith(str(path)) else f"{path}: {said}"
-    ) from error
+      f"{path}: block_out_channels is {widths!r}, it must be whole numbers"
+    )
+  shift = "shift_factor"
+  # Defaults are those of diffusers' class, which files may leave out.
+  return fields.build(
+    KLConfig,
+    block_out_channels=tuple(widths),
+    layers_per_block=fields.get("layers_per_block", int, 1),
+    latent_channels=fields.get("latent_channels", int, 4),
+    down_attention=_attended(fields, path, "down_block_types", _DOWN_BLOCKS),
+    up_attention=_attended(fields, path, "up_block_types", _UP_BLOCKS),
+    mid_attention=fields.get("mid_block_add_attention", bool, True),
+    norm_num_groups=fields.get("norm_num_groups", int, 32),
+    use_quant_conv=fields.get("use_quant_conv", bool, True),
+    use_post_quant_conv=fields.get("use_post_quant_conv", bool, True),
+    scaling_factor=fields.get("scaling_factor", float, 0.18215),
+    shift_factor=fields.get(shift, float) if fields.has(shift) else 0.0,
+    sample_size=fields.side("sample_size", 32),
+  )
 
 
 def _attended(
-  fields: Fields, name: str, plain: str, attention: str
+  fields: Fields, path: pathlib.Path, name: str, blocks: tuple[str, str]
 ) -> tuple[bool, ...]:
+  """Which levels have attention, by the names of their blocks."""
   kinds = fields.get(name, list)
-  if not all(kind in (plain, attention) for kind in kinds):
-    fields.fail(name, f"a list of {plain} and {attention}")
-  return tuple(kind == attention for kind in kinds)
-
-
-def _side(raw: Mapping[str, Any], fields: Fields) -> int:
-  value = raw.get("sample_size", 32)
-  if isinstance(value, list) and value and value.count(value[0]) == 2:
-    value = value[0]  # [256, 256] says no more than 256
-  if type(value) is not int:
-    fields.fail("sample_size", "a whole number")
-  return value
+  unknown = [kind for kind in kinds if kind not in blocks]
+  if unknown:
+    raise ValueError(
+      f"{path}: {name} has {unknown[0]!r}, which is not supported; supported: "
+      f"{', '.join(blocks)}"
+    )
+  return tuple(kind == blocks[1] for kind in kinds)
 
 
 def format_config(config: KLConfig) -> dict[str, Any]:
@@ -307,8 +302,8 @@ def format_config(config: KLConfig) -> dict[str, Any]:
   same = dataclasses.asdict(config)
   for name in ("down_attention", "up_attention", "mid_attention"):
     del same[name]
-  down = [(_DOWN, _DOWN_ATTENTION)[flag] for flag in config.down_attention]
-  up = [(_UP, _UP_ATTENTION)[flag] for flag in config.up_attention]
+  down = [_DOWN_BLOCKS[flag] for flag in config.down_attention]
+  up = [_UP_BLOCKS[flag] for flag in config.up_attention]
   return {
     **same,
     "_class_name": CLASS_NAME,

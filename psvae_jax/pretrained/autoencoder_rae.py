@@ -1,0 +1,283 @@
+"""RAE on disk: diffusers' `AutoencoderRAE` folders.
+
+A folder has `config.json` (`"_class_name": "AutoencoderRAE"`) and
+`diffusion_pytorch_model.safetensors`, whole or sharded: encoder, decoder and
+the statistics that latents are standardised by.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psvae_jax.models import layers, vit
+from psvae_jax.models.rae_autoencoder import RAE, LatentNorm, RAEConfig
+from psvae_jax.pretrained import (
+  dinov2,
+  files,
+  mapping,
+  preprocessing,
+  untrained,
+)
+from psvae_jax.pretrained.fields import Fields
+from psvae_jax.pretrained.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+CLASS_NAME = "AutoencoderRAE"
+STEM = "diffusion_pytorch_model"
+
+# diffusers builds every encoder with heads of this width.
+_HEAD_WIDTH = 64
+
+
+def _dinov2(**sizes) -> vit.ViTConfig:
+  """transformers' DINOv2 with registers, as published."""
+  return vit.ViTConfig(image_size=518, num_registers=4, **sizes)
+
+
+_ENCODERS = {"dinov2": (_dinov2, dinov2)}
+
+
+def _config(
+  kind: str, width: int, depth: int, patch: int, input_size: int
+) -> RAEConfig:
+  """A published RAE: the decoder of all of them is RAE's ViT-XL."""
+  return RAEConfig(
+    encoder=_encoder_config(kind, width, depth, patch),
+    input_size=input_size,
+    decoder=_decoder_config(1152, 16, 4096),
+    decoder_depth=28,
+    decoder_patch_size=16,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+  )
+
+
+def _encoder_config(
+  kind: str, width: int, depth: int, patch: int
+) -> vit.ViTConfig:
+  build, _ = _ENCODERS[kind]
+  return build(
+    width=width,
+    depth=depth,
+    num_heads=width // _HEAD_WIDTH,
+    patch_size=patch,
+  )
+
+
+def _decoder_config(width: int, heads: int, hidden: int) -> layers.BlockConfig:
+  return layers.BlockConfig(
+    width=width,
+    num_heads=heads,
+    mlp_hidden=hidden,
+    layerscale_init=None,
+    layer_norm_eps=1e-12,  # MAE's
+  )
+
+
+# What "random:NAME" builds.
+PUBLISHED = {
+  f"nyu-visionx/RAE-{name}": _config(*sizes)
+  for name, sizes in {
+    "dinov2-wReg-base-ViTXL-n08": ("dinov2", 768, 12, 14, 224),
+    "dinov2-wReg-base-ViTXL-n08-i512": ("dinov2", 768, 12, 14, 448),
+    "dinov2-wReg-small-ViTXL-n08": ("dinov2", 384, 12, 14, 224),
+    "dinov2-wReg-large-ViTXL-n08": ("dinov2", 1024, 24, 14, 224),
+  }.items()
+}
+
+
+def encoder_kind(config: vit.ViTConfig) -> str:
+  """ "dinov2", …: diffusers' `encoder_type` of an encoder."""
+  for kind in _ENCODERS:
+    sizes = (config.width, config.depth, config.patch_size)
+    if _encoder_config(kind, *sizes) == config:
+      return kind
+  raise ValueError(f"no encoder of diffusers' is like {config}")
+
+
+def rules(config: RAEConfig) -> list[mapping.Rule]:
+  """Published tensor of every parameter of `RAE(config)`, statistics apart."""
+  _, family = _ENCODERS[encoder_kind(config.encoder)]
+  table = [
+    dataclasses.replace(
+      rule, path=f"encoder/{rule.path}", key=f"encoder.{rule.key}"
+    )
+    for rule in family.rules(config.encoder, "affine_free")
+  ]
+
+  def pair(path, key, name="kernel", layout=mapping.LINEAR):
+    yield mapping.Rule(
+      f"decoder/{path}/{name}", f"decoder.{key}.weight", layout
+    )
+    yield mapping.Rule(f"decoder/{path}/bias", f"decoder.{key}.bias")
+
+  def norm(path, key):
+    return pair(path, key, "scale", mapping.SAME)
+
+  layer, block = "decoder_layers.{}", "blocks/block"
+  dense = {
+    "attention/query": "attention.to_q",
+    "attention/key": "attention.to_k",
+    "attention/value": "attention.to_v",
+    "attention/out": "attention.to_out.0",
+    "mlp/fc1": "intermediate.dense",
+    "mlp/fc2": "output.dense",
+  }
+  for path, key in dense.items():
+    table += pair(f"{block}/{path}", f"{layer}.{key}")
+  return [
+    *table,
+    *norm(f"{block}/norm1/norm", f"{layer}.layernorm_before"),
+    *norm(f"{block}/norm2/norm", f"{layer}.layernorm_after"),
+    *pair("embed", "decoder_embed"),
+    *norm("norm/norm", "decoder_norm"),
+    *pair("head", "decoder_pred"),
+    mapping.Rule("decoder/cls_token", "decoder.trainable_cls_token"),
+  ]
+
+
+def parse_config(raw: Mapping[str, Any], path: pathlib.Path) -> RAEConfig:
+  """A published config.json → ours; errors name the file and the field."""
+  fields = Fields(raw, path)
+  fields.expect(_class_name=CLASS_NAME, num_channels=3, reshape_to_2d=True)
+  # Defaults are those of diffusers' class, which files may leave out.
+  kind = fields.get("encoder_type", str, "dinov2")
+  if kind not in _ENCODERS:
+    raise ValueError(
+      f"{path}: encoder_type {kind!r} is not supported; supported: "
+      f"{', '.join(_ENCODERS)}"
+    )
+  width = fields.get("encoder_hidden_size", int, 768)
+  if width < 1 or width % _HEAD_WIDTH:
+    raise ValueError(
+      f"{path}: encoder_hidden_size {width} is not a multiple of {_HEAD_WIDTH}"
+    )
+  encoder = fields.build(
+    functools.partial(_encoder_config, kind),
+    width=width,
+    depth=fields.get("encoder_num_hidden_layers", int, 12),
+    patch=fields.get("encoder_patch_size", int, 14),
+  )
+  decoder = _decoder_config(
+    fields.get("decoder_hidden_size", int, 512),
+    fields.get("decoder_num_attention_heads", int, 16),
+    fields.get("decoder_intermediate_size", int, 2048),
+  )
+  config = fields.build(
+    RAEConfig,
+    encoder=encoder,
+    input_size=fields.get("encoder_input_size", int, 224),
+    decoder=decoder,
+    decoder_depth=fields.get("decoder_num_hidden_layers", int, 8),
+    decoder_patch_size=fields.get("patch_size", int, 16),
+    mean=_pixels(raw, path, "mean", IMAGENET_MEAN),
+    std=_pixels(raw, path, "std", IMAGENET_STD),
+    scaling_factor=fields.get("scaling_factor", float, 1.0),
+  )
+  if fields.has("image_size"):
+    fields.expect(image_size=config.output_size)
+  return config
+
+
+def _pixels(
+  raw: Mapping[str, Any],
+  path: pathlib.Path,
+  name: str,
+  default: tuple[float, ...],
+) -> tuple[float, ...]:
+  name = f"encoder_norm_{name}"
+  values = default if raw.get(name) is None else raw[name]
+  return preprocessing.statistics(values, name, str(path))
+
+
+def read_folder(
+  folder: pathlib.Path, latent_norm: LatentNorm = "diffusers"
+) -> tuple[RAEConfig, dict[str, Any]]:
+  """Reads a folder: hyper-parameters and float32 host parameters.
+
+  Args:
+    folder: the model folder.
+    latent_norm: how latents are standardised; see `models.rae_autoencoder`.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: an unsupported architecture, or a malformed or ill-fitting
+      file; the message names it.
+  """
+  config = parse_config(files.read_config(folder), folder / "config.json")
+  tensors = files.read_safetensors(folder, STEM)
+  statistics = _latent_statistics(tensors, config, folder)
+  # The file's come after config.json's, as in diffusers.
+  pixels = {
+    name: preprocessing.statistics(tensors[key].ravel(), key, str(folder))
+    for name, key in (("mean", "encoder_mean"), ("std", "encoder_std"))
+    if key in tensors
+  }
+  config = dataclasses.replace(config, latent_norm=latent_norm, **pixels)
+  buffers = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")
+  params = mapping.import_params(
+    rules(config),
+    {key: value for key, value in tensors.items() if key not in buffers},
+    param_shapes(config),
+    source=str(folder),
+    ignored=_unused(config),
+  )
+  return config, {**params, **statistics}
+
+
+def random_params(config: RAEConfig) -> dict[str, Any]:
+  """Untrained parameters, the same on every machine; latents as they come."""
+  one = np.ones((1, 1, 1), np.float32)
+  params = untrained.random_params(param_shapes(config))
+  return {**params, "latents_mean": 0 * one, "latents_std": one}
+
+
+def param_shapes(config: RAEConfig) -> Any:
+  """The module's parameters as shapes, statistics apart."""
+  side = config.input_size
+  images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  module = RAE(config)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+  return {name: shapes[name] for name in ("encoder", "decoder")}
+
+
+def _unused(config: RAEConfig) -> dict[str, tuple[int, ...] | None]:
+  """Published tensors that nothing reads at inference."""
+  _, family = _ENCODERS[encoder_kind(config.encoder)]
+  unused = family.constant_tensors(config.encoder, "affine_free")
+  ignored = {f"encoder.{key}": value.shape for key, value in unused.items()}
+  # A function of its size, which older files hold all the same.
+  return {**ignored, "decoder.decoder_pos_embed": None}
+
+
+def _latent_statistics(
+  tensors: Mapping[str, np.ndarray], config: RAEConfig, folder: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """Mean and deviation, as they broadcast against latents (h, w, D)."""
+  full = (1, config.encoder.width, config.grid, config.grid)
+  out = {}
+  for name in ("latents_mean", "latents_std"):
+    tensor = tensors.get(f"_{name}")
+    if tensor is None:
+      raise ValueError(f"{folder} has no tensor _{name}; download it again")
+    shape = (1,) * (4 - tensor.ndim) + tensor.shape
+    if len(shape) > 4 or any(
+      size not in (1, want) for size, want in zip(shape, full, strict=True)
+    ):
+      raise ValueError(
+        f"{folder}: _{name} has the shape {tensor.shape}, which does not "
+        f"broadcast against {full[1:]}"
+      )
+    out[name] = tensor.reshape(shape)[0].transpose(1, 2, 0)
+  if not out["latents_std"].min() > 0:
+    raise ValueError(f"{folder}: _latents_std is not positive")
+  shape = np.broadcast_shapes(*(value.shape for value in out.values()))
+  return {
+    name: np.array(np.broadcast_to(value, shape), np.float32)
+    for name, value in out.items()
+  }
