@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from psvae_jax.pretrained import files, preprocessing
-from psvae_jax.pretrained.config_fields import Fields
+from psvae_jax.pretrained.fields import Fields
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -102,25 +102,39 @@ def read(folder: pathlib.Path, image_size: int) -> ClipImages:
     raw = raw.get("image_processor")
     if not isinstance(raw, dict):
       raise ValueError(f"{path}: image_processor must be an object")
-  fields = Fields(raw, path)
-  for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
-    fields.require(name, True)
-  fields.require("resample", preprocessing.BICUBIC)
-  if abs(fields.get("rescale_factor", float, 1 / 255) * 255 - 1) > 1e-4:
-    fields.fail("rescale_factor", "1/255")
+  Fields(raw, path).expect(
+    do_resize=True,
+    do_center_crop=True,
+    do_rescale=True,
+    do_normalize=True,
+    resample=preprocessing.BICUBIC,
+  )
+  scale = Fields(raw, path).get("rescale_factor", float, 1 / 255)
   size = _side(raw.get("size", image_size), "shortest_edge")
-  if size is None:
-    fields.fail("size", 'one whole number, or {"shortest_edge": N}')
   crop = _side(raw.get("crop_size", image_size), "height", "width")
+  if abs(scale * 255 - 1) > 1e-4:
+    raise ValueError(f"{path}: rescale_factor {scale} is not 1/255")
   if crop != image_size:
-    fields.fail("crop_size", f"{image_size}, config.json's image_size")
-  if size < crop:
-    fields.fail("size", f"at least crop_size {crop}")
-  mean = fields.numbers("image_mean", 3) or preprocessing.CLIP_MEAN
-  std = fields.numbers("image_std", 3) or preprocessing.CLIP_STD
-  if min(std) <= 0:
-    fields.fail("image_std", "positive")
-  return ClipImages(size, crop, mean, std)
+    raise ValueError(
+      f"{path}: crop_size {raw['crop_size']!r} is not the {image_size} that "
+      "config.json says images have"
+    )
+  if size is None or size < crop:
+    raise ValueError(
+      f'{path}: size {raw["size"]!r} must be a number, or "shortest_edge" and '
+      f"a number, of at least crop_size {crop}"
+    )
+  return ClipImages(
+    size,
+    crop,
+    *(
+      preprocessing.statistics(raw.get(name, default), name, str(path))
+      for name, default in (
+        ("image_mean", preprocessing.CLIP_MEAN),
+        ("image_std", preprocessing.CLIP_STD),
+      )
+    ),
+  )
 
 
 def _side(value: Any, *names: str) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.models import clip_text
 from psvae_jax.pretrained import clip_tokens, files, mapping
-from psvae_jax.pretrained.config_fields import Fields
+from psvae_jax.pretrained.fields import Fields
 from psvae_jax.pretrained.tokenizer import TOKENIZER_FILES, Tokenizer
 from psvae_jax.pretrained.untrained import RANDOM, random_params
 
@@ -267,10 +267,7 @@ def parse_config(
   }
   # A whole CLIP's own number counts, not the one of its text section.
   fields["projection_dim"] = Fields(raw, path).get("projection_dim", int, 512)
-  try:
-    return clip_text.ClipTextConfig(**fields)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  return read.build(clip_text.ClipTextConfig, **fields)
 
 
 def nested_config(

@@ -21,7 +21,7 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.models import qwen2
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.config_fields import Fields
+from psvae_jax.pretrained.fields import Fields
 from psvae_jax.pretrained.untrained import RANDOM, random_params
 
 _FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -283,11 +283,9 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> qwen2.Qwen2Config:
   }
   rope = _rope_parameters(raw, path)
   fields["rope_theta"] = Fields(rope, path).get("rope_theta", float, 1e4)
-  try:
-    config = qwen2.Qwen2Config(**fields)
-    _check_supported(raw, config)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  config = read.build(qwen2.Qwen2Config, **fields)
+  read.expect(hidden_act="silu", use_sliding_window=False)
+  _check_supported(raw, config, path)
   return config
 
 
@@ -305,19 +303,18 @@ def _rope_parameters(raw: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
   return {} if theta is None else {"rope_theta": theta}
 
 
-def _check_supported(raw: dict[str, Any], config: qwen2.Qwen2Config) -> None:
+def _check_supported(
+  raw: dict[str, Any], config: qwen2.Qwen2Config, path: pathlib.Path
+) -> None:
   """Raises a ValueError for what published Qwen2.5 models do not have."""
-  if raw.get("hidden_act", "silu") != "silu":
-    raise ValueError(f'hidden_act {raw["hidden_act"]!r} is not "silu"')
   if raw.get("head_dim") not in (None, config.head_dim):
     raise ValueError(
-      f"head_dim {raw['head_dim']!r} is not hidden_size / num_attention_heads, "
-      f"{config.head_dim}"
+      f"{path}: head_dim {raw['head_dim']!r} is not hidden_size / "
+      f"num_attention_heads, {config.head_dim}"
     )
   kinds = raw.get("layer_types") or []
-  full = isinstance(kinds, list) and all(k == "full_attention" for k in kinds)
-  if raw.get("use_sliding_window", False) or not full:
+  if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention"}:
     raise ValueError(
-      "sliding-window attention is not supported: use_sliding_window must be "
-      'false, and layer_types "full_attention" throughout'
+      f'{path}: layer_types must be "full_attention" throughout; attention in '
+      "a sliding window is not supported"
     )
