@@ -35,7 +35,7 @@ from psvae_jax.config import (
 from psvae_jax.config import parser as config_parser
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.models.vit import ViT
-from psvae_jax.pretrained import dinov2, files
+from psvae_jax.pretrained import architectures, files
 from psvae_jax.writers import encode_json
 
 FORMAT = "psvae_jax"
@@ -291,7 +291,7 @@ def load_autoencoder(
   config, compute = parse_sections(raw, path, kinds).values()
   architecture = field(raw, "encoder", dict, path)
   encoder = ViT(
-    dinov2.parse_config(architecture, path),
+    architectures.parse_config(architecture, path),
     final_norm=config.final_norm,
     unroll=compute.unroll,
     dtype=jnp.dtype(compute.dtype),
@@ -338,7 +338,7 @@ def save_autoencoder(
       **identity,
       "model": section,
       "compute": compute_section(model),
-      "encoder": dinov2.format_config(model.encoder.config),
+      "encoder": architectures.format_config(model.encoder.config),
       "preprocessing": {"mean": model.mean, "std": model.std},
       "dtype": dtype,
       "provenance": dict(provenance or {}),

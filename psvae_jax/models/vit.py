@@ -356,21 +356,25 @@ class ViT(nn.Module):
     return cls_position, patch_positions
 
 
-def sincos_embedding(config: ViTConfig) -> jax.Array:
+def sincos_embedding(config: ViTConfig, numpy: Any = jnp) -> Any:
   """MAE's fixed position embeddings (1, CLS + grid², D) float32.
 
   One half of the channels codes the column, the other the row, in this order:
   the published weights hold it so (arXiv 2111.06377, its code). Each half is
   sines, then cosines of place × 10000^(−i / (D / 4)). CLS has zeros.
+
+  Args:
+    config: of the network.
+    numpy: `jax.numpy`, of which nothing is computed where shapes alone are
+      asked for; or `numpy`, for values that are the same on every device.
   """
-  # jnp and not numpy: a shape alone is asked for more often than the values.
   quarter = config.width // 4
-  frequency = 10_000.0 ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
-  angle = jnp.arange(config.grid, dtype=jnp.float32)[:, None] * frequency
-  code = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+  frequency = 10_000.0 ** (-numpy.arange(quarter, dtype=float) / quarter)
+  angle = numpy.arange(config.grid, dtype=float)[:, None] * frequency
+  code = numpy.concatenate([numpy.sin(angle), numpy.cos(angle)], axis=-1)
   shape = (config.grid, config.grid, config.width // 2)
-  columns = jnp.broadcast_to(code[None], shape)
-  rows = jnp.broadcast_to(code[:, None], shape)
-  table = jnp.concatenate([columns, rows], axis=-1)
+  columns = numpy.broadcast_to(code[None], shape)
+  rows = numpy.broadcast_to(code[:, None], shape)
+  table = numpy.concatenate([columns, rows], axis=-1).astype(numpy.float32)
   table = table.reshape(1, config.grid**2, config.width)
-  return jnp.pad(table, ((0, 0), (int(config.cls_token), 0), (0, 0)))
+  return numpy.pad(table, ((0, 0), (int(config.cls_token), 0), (0, 0)))

@@ -5,15 +5,15 @@ With and without registers (`facebook/dinov2-*`,
 every version of transformers reads.
 """
 
-import functools
-import math
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from psvae_jax.models import vit
-from psvae_jax.pretrained import mapping
+from psvae_jax.pretrained import mapping, preprocessing, vit_rules
+from psvae_jax.pretrained.fields import Fields
 
 _PLAIN = "dinov2"
 _REGISTERS = "dinov2_with_registers"
@@ -21,6 +21,14 @@ _ARCHITECTURES = {
   _PLAIN: "Dinov2Model",
   _REGISTERS: "Dinov2WithRegistersModel",
 }
+MODEL_TYPES = tuple(_ARCHITECTURES)
+PROCESSOR = preprocessing.Processor(
+  "BitImageProcessor",
+  preprocessing.IMAGENET_MEAN,
+  preprocessing.IMAGENET_STD,
+  crop=True,
+)
+IGNORED = ()
 
 # Width, depth and heads of the published sizes.
 _SIZES = {
@@ -55,108 +63,59 @@ PUBLISHED = _published()
 
 
 def rules(
-  config: vit.ViTConfig, final_norm: vit.FinalNorm
+  config: vit.ViTConfig,
+  final_norm: vit.FinalNorm,
+  keys: Collection[str] = (),
 ) -> list[mapping.Rule]:
   """Published tensor of every parameter of `vit.ViT(config, final_norm)`."""
-  rule, linear = mapping.Rule, mapping.LINEAR
-  layer, block = "encoder.layer.{}", "blocks/block"
-
-  def affine(path, key, names=("scale", "bias"), **options):
-    scale, bias = names
-    layout = linear if scale == "kernel" else mapping.SAME
-    yield rule(f"{path}/{scale}", f"{key}.weight", layout, **options)
-    if bias is not None:
-      yield rule(f"{path}/{bias}", f"{key}.bias", **options)
-
-  dense = functools.partial(affine, names=("kernel", "bias"))
-  projection = "embeddings.patch_embeddings.projection"
-  table = [
-    rule("cls_token", "embeddings.cls_token"),
-    rule("pos_embed", "embeddings.position_embeddings"),
-    rule("patch_embed/bias", f"{projection}.bias"),
-    rule(
-      "patch_embed/kernel",
-      f"{projection}.weight",
-      mapping.patch_layout(config.patch_size),
-    ),
-    *affine(f"{block}/norm1/norm", f"{layer}.norm1"),
-    *affine(f"{block}/norm2/norm", f"{layer}.norm2"),
-    *dense(f"{block}/attention/out", f"{layer}.attention.output.dense"),
-  ]
-  if config.num_registers:
-    table.append(rule("register_tokens", "embeddings.register_tokens"))
-  names = ("kernel", "bias" if config.qkv_bias else None)
-  for name in ("query", "key", "value"):
-    key = f"{layer}.attention.attention.{name}"
-    table += affine(f"{block}/attention/{name}", key, names)
+  del keys  # one layout
+  layer = "encoder.layer.{}"
+  mlp = {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
   if config.swiglu:
     # One published tensor keeps the gate first, then the gated values.
-    key = f"{layer}.mlp.weights_in"
-    table += dense(f"{block}/mlp/gate", key, part=(0, 2))
-    table += dense(f"{block}/mlp/fc1", key, part=(1, 2))
-    table += dense(f"{block}/mlp/fc2", f"{layer}.mlp.weights_out")
-  else:
-    table += dense(f"{block}/mlp/fc1", f"{layer}.mlp.fc1")
-    table += dense(f"{block}/mlp/fc2", f"{layer}.mlp.fc2")
-  if config.layerscale_init is not None:
-    for n in (1, 2):
-      key = f"{layer}.layer_scale{n}.lambda1"
-      table.append(rule(f"{block}/scale{n}/scale", key))
-  if final_norm == "affine":
-    table += affine("norm/norm", "layernorm")
-  return table
+    mlp = {"fc1": "mlp.weights_in", "fc2": "mlp.weights_out"}
+    mlp["gate"] = mlp["fc1"]
+  block = {
+    **{name: name for name in ("norm1", "norm2")},
+    **{n: f"attention.attention.{n}" for n in ("query", "key", "value")},
+    **{f"scale{n}": f"layer_scale{n}.lambda1" for n in (1, 2)},
+    "out": "attention.output.dense",
+    **mlp,
+  }
+  names = {name: f"{layer}.{key}" for name, key in block.items()}
+  names |= {
+    "cls_token": "embeddings.cls_token",
+    "register_tokens": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+  }
+  return vit_rules.vit_rules(config, final_norm, names)
 
 
 def parse_config(raw: dict[str, Any], path: pathlib.Path) -> vit.ViTConfig:
   """A published config.json → ours; errors name the file and the field."""
-  model_type = raw.get("model_type")
-  if model_type not in _ARCHITECTURES:
-    raise ValueError(
-      f"{path}: model_type {model_type!r} is not supported; supported: "
-      f"{', '.join(_ARCHITECTURES)}"
-    )
-
-  def get(field, kind, default=None):
-    value = raw.get(field, default)
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-      raise ValueError(
-        f"{path}: {field} is {value!r}, it must be one {kind.__name__}"
-      )
-    return value
-
-  def side(field):
-    value = raw.get(field)
-    if isinstance(value, list) and value and value.count(value[0]) == 2:
-      raw[field] = value[0]  # [14, 14] says no more than 14
-    return get(field, int)
-
-  raw = dict(raw)
-  if get("num_channels", int, 3) != 3:
-    raise ValueError(f"{path}: num_channels {raw['num_channels']} is not 3")
-  registers = model_type == _REGISTERS
+  fields = Fields(raw, path)
+  fields.expect(num_channels=3)
+  registers = raw["model_type"] == _REGISTERS
   # Defaults are those of transformers' config classes, for files that leave a
   # field out. Fields that say how big the model is have none.
-  fields = {
-    "width": get("hidden_size", int),
-    "depth": get("num_hidden_layers", int),
-    "num_heads": get("num_attention_heads", int),
-    "patch_size": side("patch_size"),
-    "image_size": side("image_size"),
-    "mlp_ratio": get("mlp_ratio", float, 4.0),
-    "num_registers": get("num_register_tokens", int, 4) if registers else 0,
-    "swiglu": get("use_swiglu_ffn", bool, False),
-    "activation": get("hidden_act", str, "gelu"),
-    "layer_norm_eps": get("layer_norm_eps", float, 1e-6),
-    "qkv_bias": get("qkv_bias", bool, True),
-    "layerscale_init": get("layerscale_value", float, 1.0),
-    "position_antialias": registers,
-  }
-  try:
-    return vit.ViTConfig(**fields)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  return fields.build(
+    vit.ViTConfig,
+    width=fields.get("hidden_size", int),
+    depth=fields.get("num_hidden_layers", int),
+    num_heads=fields.get("num_attention_heads", int),
+    patch_size=fields.side("patch_size"),
+    image_size=fields.side("image_size"),
+    mlp_ratio=fields.get("mlp_ratio", float, 4.0),
+    num_registers=fields.get("num_register_tokens", int, 4) if registers else 0,
+    swiglu=fields.get("use_swiglu_ffn", bool, False),
+    activation=fields.get("hidden_act", str, "gelu"),
+    layer_norm_eps=fields.get("layer_norm_eps", float, 1e-6),
+    qkv_bias=fields.get("qkv_bias", bool, True),
+    layerscale_init=fields.get("layerscale_value", float, 1.0),
+    position_antialias=registers,
+  )
 
 
 def format_config(config: vit.ViTConfig) -> dict[str, Any]:
@@ -180,6 +139,15 @@ def format_config(config: vit.ViTConfig) -> dict[str, Any]:
       f"mlp_ratio {config.mlp_ratio} is not whole, as DINOv2's published "
       "layout wants it"
     )
+  wanted = {
+    "mlp_hidden": None,
+    "cls_token": True,
+    "positions": "learned",
+    "key_bias": True,
+    "patch_bias": True,
+    "pre_norm": False,
+  }
+  vit_rules.check_unlike(config, "DINOv2", wanted)
   model_type = _REGISTERS if config.antialias else _PLAIN
   published = {
     "architectures": [_ARCHITECTURES[model_type]],
@@ -221,7 +189,4 @@ def constant_tensors(
   if config.antialias and not config.num_registers:
     empty = np.zeros((1, 0, config.width), np.float32)
     tensors["embeddings.register_tokens"] = empty
-  if final_norm == "affine_free":
-    tensors["layernorm.weight"] = np.ones(config.width, np.float32)
-    tensors["layernorm.bias"] = np.zeros(config.width, np.float32)
-  return tensors
+  return tensors | vit_rules.identity_norm(config, final_norm, "layernorm")

@@ -1,8 +1,10 @@
-"""Representation encoders: DINOv2, with and without registers.
+"""Representation encoders: published vision transformers, and our own.
 
-Reads and writes the published Hugging Face layout, so that the embedded
-miniature encoder, `facebook/dinov2-*` and a tuned encoder are all one kind of
-folder, which `transformers.AutoModel` reads too.
+DINOv2 with and without registers, DINOv3, SigLIP and SigLIP2 at a fixed
+resolution, ViT-MAE and CLIP's vision half. Reads and writes the published
+Hugging Face layouts, so that the embedded miniature encoder, a published one
+and a tuned one are all one kind of folder, which `transformers.AutoModel` reads
+too.
 
 A name "random:ID", e.g. "random:facebook/dinov2-with-registers-base", is the
 published architecture with seeded random parameters and no download: for
@@ -11,7 +13,6 @@ benchmarks, memory tables and tests, never for results.
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import zlib
@@ -24,10 +25,10 @@ import numpy as np
 
 from psvae_jax.config import nearest
 from psvae_jax.models import vit
-from psvae_jax.pretrained import dinov2, files, mapping
+from psvae_jax.pretrained import architectures, files, mapping, preprocessing
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = preprocessing.IMAGENET_MEAN
+IMAGENET_STD = preprocessing.IMAGENET_STD
 
 RANDOM = "random:"
 
@@ -78,12 +79,12 @@ class Encoder:
     """Computes patch features; compiled once for each image shape.
 
     Args:
-      images: (B, H, W, 3) uint8, H and W multiples of the patch size. They
-        are never resized.
+      images: (B, H, W, 3) uint8, H and W multiples of the patch size or the
+        network's own image size. They are never resized.
 
     Returns:
       (B, H/p, W/p, D) float32: patch tokens after the final norm, without CLS
-      and registers.
+      and registers. With output "cls" (B, D) float32, CLS after that norm.
 
     Raises:
       ValueError: wrong dtype, or a shape that the network does not take.
@@ -118,18 +119,25 @@ def load_encoder(
   remat: bool = False,
   unroll: int = 1,
   dtype: Any = jnp.float32,
+  output: vit.Output = "patches",
 ) -> Encoder:
-  """Loads a DINOv2 encoder from a folder or from the Hugging Face hub.
+  """Loads an encoder from a folder or from the Hugging Face hub.
+
+  config.json says which architecture it is; of a whole SigLIP or CLIP model
+  the vision half is taken, of ViT-MAE's the encoder.
 
   Args:
     name_or_path: folder or hub id with config.json, safetensors and, unless
-      the encoder takes ImageNet's mean and std, preprocessor_config.json. Or
-      "random:" and a key of `dinov2.PUBLISHED`: that architecture, untrained.
+      pixels are normalised as usual in the family, preprocessor_config.json. Or
+      "random:" and a key of `architectures.PUBLISHED`: that architecture,
+      untrained.
     final_norm: "affine" as published, or "affine_free": features without the
       final norm's gain and bias.
     remat: recompute activations in the backward pass.
     unroll: blocks per iteration of the compiled loop.
     dtype: compute dtype; features are float32 whatever it is.
+    output: "patches", or "cls" for the CLS token: what FD-DINOv2 is taken of,
+      and CLIP's `pooler_output`.
 
   Returns:
     The encoder, parameters float32 on the default device.
@@ -137,10 +145,16 @@ def load_encoder(
   Raises:
     FileNotFoundError: the folder or one of its files does not exist.
     ValueError: an unsupported architecture, or a malformed or ill-fitting
-      file; the message names it.
+      file, the message names it; or the CLS token of a network without.
   """
   name = os.fspath(name_or_path)
-  options = dict(final_norm=final_norm, remat=remat, unroll=unroll, dtype=dtype)
+  options = dict(
+    final_norm=final_norm,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+    output=output,
+  )
   if name.startswith(RANDOM):
     encoder = abstract_encoder(name, **options)
     params = _random_params(encoder.params, encoder.module.config)
@@ -150,15 +164,14 @@ def load_encoder(
       fingerprint=files.fingerprint_params(params),
     )
   folder = _resolve_folder(name)
-  config, mean, std = _read_architecture(folder)
+  config, mean, std = _read_architecture(folder, name)
   module = vit.ViT(config, **options)
-  unused = dinov2.constant_tensors(config, final_norm)
-  params = mapping.import_params(
-    dinov2.rules(config, final_norm),
+  params = architectures.import_params(
+    config,
+    final_norm,
     files.read_safetensors(folder),
     _param_shapes(module),
-    source=str(folder),
-    ignored={key: value.shape for key, value in unused.items()},
+    str(folder),
   )
   return Encoder(
     module=module,
@@ -177,6 +190,7 @@ def abstract_encoder(
   remat: bool = False,
   unroll: int = 1,
   dtype: Any = jnp.float32,
+  output: vit.Output = "patches",
 ) -> Encoder:
   """An encoder of shapes: `load_encoder` without its weights.
 
@@ -185,8 +199,8 @@ def abstract_encoder(
 
   Args:
     name_or_path: folder with a config.json (tensors are not looked for), or a
-      key of `dinov2.PUBLISHED`, "random:" before it or not.
-    final_norm, remat, unroll, dtype: as for `load_encoder`.
+      key of `architectures.PUBLISHED`, "random:" before it or not.
+    final_norm, remat, unroll, dtype, output: as for `load_encoder`.
 
   Returns:
     The encoder; its parameters are `jax.ShapeDtypeStruct`s and its fingerprint
@@ -200,16 +214,23 @@ def abstract_encoder(
   folder = pathlib.Path(name).expanduser()
   published = name.removeprefix(RANDOM)
   if not name.startswith(RANDOM) and folder.is_dir():
-    config, mean, std = _read_architecture(folder)
-  elif published in dinov2.PUBLISHED:
-    config, mean, std = dinov2.PUBLISHED[published], IMAGENET_MEAN, IMAGENET_STD
+    config, mean, std = _read_architecture(folder, name)
+  elif published in architectures.PUBLISHED:
+    config = architectures.PUBLISHED[published]
+    processor = architectures.processor(config, published)
+    mean, std = processor.mean, processor.std
   else:
     raise ValueError(
       f"encoder {name!r} is no folder and no published architecture; "
-      f"{nearest(published, dinov2.PUBLISHED)}"
+      f"{nearest(published, architectures.PUBLISHED)}"
     )
   module = vit.ViT(
-    config, final_norm=final_norm, remat=remat, unroll=unroll, dtype=dtype
+    config,
+    final_norm=final_norm,
+    remat=remat,
+    unroll=unroll,
+    dtype=dtype,
+    output=output,
   )
   return Encoder(
     module=module,
@@ -230,6 +251,10 @@ def save_encoder(
 ) -> None:
   """Writes an encoder in the layout that `load_encoder` and transformers read.
 
+  `transformers.AutoModel.from_pretrained(folder)` gives the same features. Of
+  CLIP its `last_hidden_state` is before the final norm; ViT-MAE is told not to
+  shuffle, see `vit_mae`.
+
   Args:
     folder: created if need be; files of the same names are replaced.
     config: the network's hyper-parameters.
@@ -242,13 +267,13 @@ def save_encoder(
     ValueError: the published architecture cannot express `config`, or
       `params` do not fit it. Nothing is written then.
   """
-  published = dinov2.format_config(config)
+  published = architectures.format_config(config)
   final_norm = "affine" if "norm" in params else "affine_free"
   shapes = _param_shapes(vit.ViT(config, final_norm=final_norm))
   mapping.check_params(params, shapes)
-  tensors = mapping.export_params(dinov2.rules(config, final_norm), params)
-  tensors.update(dinov2.constant_tensors(config, final_norm))
-  preprocessor = _format_preprocessor(config.image_size, mean, std)
+  tensors = architectures.export_params(config, final_norm, params)
+  processor = architectures.processor(config)
+  preprocessor = preprocessing.form(processor, config.image_size, mean, std)
 
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -262,23 +287,26 @@ def _resolve_folder(name: str) -> pathlib.Path:
   try:
     return files.resolve_folder(name, _FILES)
   except FileNotFoundError as error:
-    if name in dinov2.PUBLISHED:
+    owners = tuple({key.split("/")[0] + "/" for key in architectures.PUBLISHED})
+    if name in architectures.PUBLISHED:
       hint = f'"{RANDOM}{name}" is the same network untrained, for a dry run'
-    elif name.startswith("facebook/"):
-      hint = f"of DINOv2's ids, {nearest(name, dinov2.PUBLISHED)}"
+    elif name.startswith(owners):
+      hint = f"of the known ids, {nearest(name, architectures.PUBLISHED)}"
     else:
       raise
     raise FileNotFoundError(f"{error}; {hint}") from error
 
 
 def _read_architecture(
-  folder: pathlib.Path,
+  folder: pathlib.Path, name: str
 ) -> tuple[vit.ViTConfig, tuple[float, ...], tuple[float, ...]]:
-  """(hyper-parameters, mean, std) of a model folder."""
-  config = dinov2.parse_config(
+  """(hyper-parameters, mean, std) of a model folder, which is called `name`."""
+  config = architectures.parse_config(
     files.read_config(folder), folder / "config.json"
   )
-  return config, *_read_preprocessor(folder / "preprocessor_config.json")
+  processor = architectures.processor(config, name)
+  path = folder / "preprocessor_config.json"
+  return config, *preprocessing.read(path, processor)
 
 
 def _random_params(shapes: Any, config: vit.ViTConfig) -> Any:
@@ -296,6 +324,8 @@ def _random_params(shapes: Any, config: vit.ViTConfig) -> Any:
       return np.ones(leaf.shape, np.float32)
     if name.endswith("scale"):
       return np.full(leaf.shape, config.layerscale_init, np.float32)
+    if name == "pos_embed" and config.positions == "fixed":
+      return vit.sincos_embedding(config, np)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     scale = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
     return np.float32(scale) * rng.standard_normal(leaf.shape, np.float32)
@@ -305,60 +335,9 @@ def _random_params(shapes: Any, config: vit.ViTConfig) -> Any:
 
 def _param_shapes(module: vit.ViT) -> Any:
   """The module's parameters as shapes; nothing is allocated."""
-  side = module.config.grid * module.config.patch_size
+  config = module.config
+  # Rotary tables would be made, and no parameter depends on the size then.
+  patches = 1 if config.positions == "rotary" else config.grid
+  side = patches * config.patch_size
   images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-
-
-def _statistics(values: Any, name: str, where: str) -> tuple[float, ...]:
-  try:
-    out = tuple(float(value) for value in values)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{where}: {name} {values!r} is not 3 numbers") from error
-  if len(out) != 3 or not all(math.isfinite(value) for value in out):
-    raise ValueError(f"{where}: {name} {values!r} is not 3 finite numbers")
-  if "std" in name and min(out) <= 0:
-    raise ValueError(f"{where}: {name} {values!r} is not positive")
-  return out
-
-
-def _read_preprocessor(
-  path: pathlib.Path,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """(mean, std) of a preprocessor file; ImageNet's where there is none."""
-  if not path.exists():
-    return IMAGENET_MEAN, IMAGENET_STD
-  raw = files.read_json(path)
-  rescale = raw.get("rescale_factor", 1 / 255)
-  if not raw.get("do_rescale", True) or not math.isclose(
-    rescale, 1 / 255, rel_tol=1e-4
-  ):
-    raise ValueError(f"{path}: only images rescaled by 1/255 are supported")
-  if not raw.get("do_normalize", True):
-    return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-  mean = raw.get("image_mean", IMAGENET_MEAN)
-  std = raw.get("image_std", IMAGENET_STD)
-  return (
-    _statistics(mean, "image_mean", str(path)),
-    _statistics(std, "image_std", str(path)),
-  )
-
-
-def _format_preprocessor(
-  image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Any]:
-  """preprocessor_config.json of transformers' BitImageProcessor."""
-  return {
-    "crop_size": {"height": image_size, "width": image_size},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": list(_statistics(mean, "mean", "save_encoder")),
-    "image_processor_type": "BitImageProcessor",
-    "image_std": list(_statistics(std, "std", "save_encoder")),
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": image_size},
-  }
