@@ -4,18 +4,13 @@
     z = vae.encode(images)       # uint8 (B, H, W, 3) → float32 (B, h, w, C)
     x = vae.decode(z)            # → uint8 (B, H, W, 3)
 
-Arrays go in as numpy or JAX arrays and come out as numpy arrays, on the host:
-an input may be longer than what the device holds. It is cut into parts of one
-size, the last one padded. The size is a power of two or `batch_size`, so that
-few programs are compiled, whatever the numbers of images: for each kind of
-input (images at the encoder's size, at the product's, latents) one for each of
-1, 2, 4, 8, 16 and 32 with the default `batch_size`, as they are needed.
+How inputs are cut into batches: see `image_codec`.
 """
 
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ from psvae_jax import checkpoint, exported
 from psvae_jax.config import AutoencoderModel, Config
 from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators.image_metrics import to_uint8
+from psvae_jax.image_codec import ImageCodec
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import Encoder, load_encoder
@@ -35,7 +31,7 @@ from psvae_jax.tasks import autoencoder as task_lib
 _E = "encoder"
 
 
-class PSVAE:
+class PSVAE(ImageCodec):
   """Encodes and decodes with the moving averages of a trained stage.
 
   Args:
@@ -48,12 +44,14 @@ class PSVAE:
     description: the fingerprint's readable parts.
     latent_fingerprint: of what `params` were rounded from; by default that of
       `params`.
+    name: where it came from, for messages and records; by default the stage.
 
   Attributes:
     stage: "svae", "psvae", …
     fingerprint: identifies the model, its preprocessing and the original E.
     batch_size: see above.
     description: see above; {} if unknown.
+    name: see above.
   """
 
   def __init__(
@@ -66,19 +64,19 @@ class PSVAE:
     batch_size: int = 32,
     description: Mapping[str, Any] | None = None,
     latent_fingerprint: str | None = None,
+    name: str | None = None,
   ) -> None:
-    if batch_size < 1:
-      raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    super().__init__(
+      params,
+      name=stage if name is None else name,
+      fingerprint=fingerprint,
+      batch_size=batch_size,
+    )
     self.stage = stage
-    self.fingerprint = fingerprint
-    self.batch_size = batch_size
     self.description = dict(description or {})
     self._latent_fingerprint = latent_fingerprint
     self._model = model
-    self._params = jax.device_put(params)
     self._features_fn = jax.jit(self._trace_features)
-    self._encode_fn = jax.jit(self._trace_encode)
-    self._decode_fn = jax.jit(self._trace_decode)
 
   @classmethod
   def from_pretrained(
@@ -110,17 +108,13 @@ class PSVAE:
     if exported.is_exported(folder):
       load = exported.load_autoencoder
     model, params, identity = load(folder, stage)
-    return cls(model, params, batch_size=batch_size, **identity)
+    name = os.fspath(path)
+    return cls(model, params, batch_size=batch_size, name=name, **identity)
 
   @property
   def model(self) -> model_lib.Autoencoder:
     """The modules."""
     return self._model
-
-  @property
-  def params(self) -> dict[str, Any]:
-    """Module → parameters, E included, on the default device."""
-    return self._params
 
   @functools.cached_property
   def latent_fingerprint(self) -> str:
@@ -153,36 +147,9 @@ class PSVAE:
     """Side h = w of the latent grid."""
     return self._model.grid
 
-  def encode(self, images: np.ndarray | jax.Array) -> np.ndarray:
-    """Images → mean of the posterior.
-
-    Args:
-      images: uint8 (B, H, W, 3) at the encoder's size, taken as they are, or
-        at the product's, resized inside.
-
-    Returns:
-      float32 (B, h, w, C).
-
-    Raises:
-      ValueError: another dtype, shape or size.
-    """
-    return self._in_batches(self._encode_fn, self._check_images(images))
-
-  def decode(self, z: np.ndarray | jax.Array) -> np.ndarray:
-    """Latents (B, h, w, C) → uint8 (B, S, S, 3) at the product's size, rounded.
-
-    Raises:
-      ValueError: not floating point, or of another shape.
-    """
-    return self._in_batches(self._decode_fn, self._check_latents(z))
-
   def features(self, images: np.ndarray | jax.Array) -> np.ndarray:
     """Images as for `encode` → float32 (B, h, w, D) of this stage's encoder."""
     return self._in_batches(self._features_fn, self._check_images(images))
-
-  def reconstruct(self, images: np.ndarray | jax.Array) -> np.ndarray:
-    """Images as for `encode` → uint8 (B, S, S, 3): `decode(encode(images))`."""
-    return self.decode(self.encode(images))
 
   def __repr__(self) -> str:
     return (
@@ -203,53 +170,6 @@ class PSVAE:
   def _trace_decode(self, params: Any, z: jax.Array) -> jax.Array:
     pixels = self._model.decode_pixels(params["pixel_decoder"], z)
     return to_uint8(pixels.astype(jnp.float32))
-
-  def _in_batches(self, function: Callable, inputs: np.ndarray) -> np.ndarray:
-    """Applies a jitted function part by part; the parts have one shape."""
-    count = len(inputs)
-    if not count:
-      empty = jax.eval_shape(function, self._params, np.zeros_like(inputs))
-      return np.zeros(empty.shape, empty.dtype)
-    # The next power of two: at most twice the work, far fewer compilations.
-    size = min(1 << (count - 1).bit_length(), self.batch_size)
-    outputs = []
-    for start in range(0, count, size):
-      part = inputs[start : start + size]
-      padding = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
-      # Explicit copies, which a transfer guard allows.
-      part = jax.device_put(np.pad(part, padding))
-      outputs.append(jax.device_get(function(self._params, part)))
-    return np.concatenate(outputs)[:count]
-
-  def _check_images(self, images: Any) -> np.ndarray:
-    images = np.asarray(jax.device_get(images))
-    if images.dtype != np.uint8:
-      raise ValueError(f"images must be uint8 in [0, 255], got {images.dtype}")
-    if images.ndim != 4 or images.shape[-1] != 3:
-      hint = "; one image is images[None]" if images.ndim == 3 else ""
-      raise ValueError(
-        f"images must have the shape (B, H, W, 3), got {images.shape}{hint}"
-      )
-    sizes = (self.image_size, self.output_size)
-    if images.shape[1:3] not in [(size, size) for size in sizes]:
-      raise ValueError(
-        f"images are {images.shape[1]}×{images.shape[2]}; this autoencoder "
-        f"takes {sizes[0]}×{sizes[0]} (the encoder's size) or "
-        f"{sizes[1]}×{sizes[1]} (the product's)"
-      )
-    return images
-
-  def _check_latents(self, z: Any) -> np.ndarray:
-    z = np.asarray(jax.device_get(z))
-    if not jnp.issubdtype(z.dtype, jnp.floating):
-      raise ValueError(f"latents must be floating point, got {z.dtype}")
-    wanted = (self.grid, self.grid, self.channels)
-    if z.ndim != 4 or z.shape[1:] != wanted:
-      raise ValueError(
-        f"latents must have the shape (B, {wanted[0]}, {wanted[1]}, "
-        f"{wanted[2]}), got {z.shape}"
-      )
-    return z.astype(np.float32)
 
 
 def latent_fingerprint(fingerprint: str, params: dict[str, Any]) -> str:

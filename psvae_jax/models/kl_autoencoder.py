@@ -203,6 +203,10 @@ class KLAutoencoder(nn.Module):
       moments = self.quant_conv(moments)
     return DiagonalGaussian.from_moments(moments)
 
+  def encode(self, images: jax.Array) -> jax.Array:
+    """Images as for `posterior` → its mean (B, H/f, W/f, C), not scaled."""
+    return self.posterior(images).mode()
+
   def decode(self, z: jax.Array) -> jax.Array:
     """Latents (B, h, w, C), not scaled → images (B, h·f, w·f, 3) in [−1, 1]."""
     if self.config.use_post_quant_conv:
@@ -211,4 +215,4 @@ class KLAutoencoder(nn.Module):
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Images → their reconstruction through the posterior's mean."""
-    return self.decode(self.posterior(images).mode())
+    return self.decode(self.encode(images))

@@ -28,6 +28,9 @@ _MAX_DEPTH = 1024
 _MAX_GRID = 512
 _MAX_PATCH = 256
 _MAX_WIDTH = 2**16
+_MAX_NUMBERS = (
+  2**24
+)  # in all tokens of an image: positions are made on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ class RAEConfig:
     decoder_patch_size: side of the square that a token predicts, pixels.
     mean, std: per channel, of images in [0, 1], which the encoder sees
       normalised and the decoder predicts so.
-    latent_norm: how `latents_std` divides; see `RAE.standardise`.
+    latent_norm: "diffusers" divides latents by `latents_std` + 1e-5, "rae" by
+      it alone.
     scaling_factor: what diffusers multiplies latents with after that, and a
       generator with it. The modules do not.
   """
@@ -81,6 +85,11 @@ class RAEConfig:
       raise ValueError(
         f"decoder_hidden_size {width} is not a multiple of 4 and of "
         f"decoder_num_attention_heads {heads}"
+      )
+    if self.grid**2 * width > _MAX_NUMBERS:
+      raise ValueError(
+        f"decoder_hidden_size {width} of {self.grid**2} tokens is beyond what "
+        f"this code is made for: {_MAX_NUMBERS} numbers"
       )
     if self.latent_norm not in LATENT_NORMS:
       raise ValueError(
