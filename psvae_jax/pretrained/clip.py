@@ -257,7 +257,7 @@ def _import(
 ) -> dict[str, Any]:
   """Published tensors → parameters; everything must fit."""
   halves = {
-    "vision": clip_vision.rules(vision.config, vision.final_norm),
+    "vision": clip_vision.rules(vision.config, vision.final_norm, tensors),
     "text": clip_text.rules(text.config),
   }
   rules = [

@@ -140,6 +140,7 @@ def read(folder: pathlib.Path, image_size: int) -> ClipImages:
 def _side(value: Any, *names: str) -> int | None:
   """A side as a number, or as an object that says it under every name."""
   if isinstance(value, dict):
-    sides = {value.get(name) for name in names if set(value) == set(names)}
-    value = sides.pop() if len(sides) == 1 else None
+    sides = [value.get(name) for name in names]
+    equal = len(value) == len(names) and sides.count(sides[0]) == len(sides)
+    value = sides[0] if equal else None
   return value if type(value) is int and 1 <= value <= 2**16 else None

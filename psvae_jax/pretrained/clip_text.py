@@ -256,8 +256,11 @@ def parse_config(
       f"{path}: model_type is {kind!r}; CLIP's text encoder is in "
       f'"{WHOLE}" and "{_TEXT}"'
     )
-  section = raw if kind == _TEXT else nested_config(raw, "text_config", path)
-  read = Fields(section, path)
+  read = whole = Fields(raw, path)
+  if kind == WHOLE:
+    # Older files say it all twice; as in transformers this one counts.
+    older = whole.has("text_config_dict")
+    read = whole.section("text_config_dict" if older else "text_config")
   # Published files leave out what is as in transformers' CLIPTextConfig, whose
   # values are our defaults too.
   fields = {
@@ -266,19 +269,5 @@ def parse_config(
     if field.name != "projection_dim"
   }
   # A whole CLIP's own number counts, not the one of its text section.
-  fields["projection_dim"] = Fields(raw, path).get("projection_dim", int, 512)
+  fields["projection_dim"] = whole.get("projection_dim", int, 512)
   return read.build(clip_text.ClipTextConfig, **fields)
-
-
-def nested_config(
-  raw: Mapping[str, Any], name: str, path: pathlib.Path
-) -> dict[str, Any]:
-  """One half's section of a whole CLIP's config.json.
-
-  Older files have a second copy, "…_dict", whose values go before.
-  """
-  sections = [raw.get(key) for key in (name, f"{name}_dict")]
-  sections = [section for section in sections if section is not None]
-  if not all(isinstance(section, dict) for section in sections):
-    raise ValueError(f"{path}: {name} must be an object")
-  return {key: section[key] for section in sections for key in section}
