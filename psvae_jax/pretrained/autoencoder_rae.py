@@ -8,7 +8,7 @@ the statistics that latents are standardised by.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from psvae_jax.models import layers, vit
 from psvae_jax.models.rae_autoencoder import RAE, LatentNorm, RAEConfig
 from psvae_jax.pretrained import (
-  dinov2,
+  architectures,
   files,
   mapping,
   preprocessing,
@@ -30,38 +30,43 @@ from psvae_jax.pretrained.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 CLASS_NAME = "AutoencoderRAE"
 STEM = "diffusion_pytorch_model"
 
-# diffusers builds every encoder with heads of this width.
+# diffusers builds every encoder with heads of this width, and all but DINOv2
+# with an MLP of that one.
 _HEAD_WIDTH = 64
+_MLP_WIDTH = 3072
 
+_ENCODER, _DECODER = "encoder.", "decoder."
+_STATISTICS = ("latents_mean", "latents_std")
+_PIXELS = {"mean": "encoder_mean", "std": "encoder_std"}
 
-def _dinov2(**sizes) -> vit.ViTConfig:
-  """transformers' DINOv2 with registers, as published."""
-  return vit.ViTConfig(image_size=518, num_registers=4, **sizes)
-
-
-_ENCODERS = {"dinov2": (_dinov2, dinov2)}
-
-
-def _config(
-  kind: str, width: int, depth: int, patch: int, input_size: int
-) -> RAEConfig:
-  """A published RAE: the decoder of all of them is RAE's ViT-XL."""
-  return RAEConfig(
-    encoder=_encoder_config(kind, width, depth, patch),
-    input_size=input_size,
-    decoder=_decoder_config(1152, 16, 4096),
-    decoder_depth=28,
-    decoder_patch_size=16,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-  )
+# What config.json does not say is what diffusers builds them with.
+_ENCODERS: dict[str, Callable[..., vit.ViTConfig]] = {
+  "dinov2": functools.partial(vit.ViTConfig, image_size=518, num_registers=4),
+  "siglip2": functools.partial(
+    vit.ViTConfig,
+    image_size=256,
+    mlp_hidden=_MLP_WIDTH,
+    activation="gelu_pytorch_tanh",
+    layerscale_init=None,
+    position_antialias=False,
+    cls_token=False,
+  ),
+  "mae": functools.partial(
+    vit.ViTConfig,
+    image_size=224,
+    mlp_hidden=_MLP_WIDTH,
+    layer_norm_eps=1e-12,
+    layerscale_init=None,
+    position_antialias=False,
+    positions="fixed",
+  ),
+}
 
 
 def _encoder_config(
   kind: str, width: int, depth: int, patch: int
 ) -> vit.ViTConfig:
-  build, _ = _ENCODERS[kind]
-  return build(
+  return _ENCODERS[kind](
     width=width,
     depth=depth,
     num_heads=width // _HEAD_WIDTH,
@@ -79,47 +84,55 @@ def _decoder_config(width: int, heads: int, hidden: int) -> layers.BlockConfig:
   )
 
 
-# What "random:NAME" builds.
+def _published(
+  kind: str, width: int, depth: int, patch: int, input_size: int
+) -> RAEConfig:
+  """All of them have RAE's ViT-XL for a decoder."""
+  half = kind == "siglip2"
+  return RAEConfig(
+    encoder=_encoder_config(kind, width, depth, patch),
+    input_size=input_size,
+    decoder=_decoder_config(1152, 16, 4096),
+    decoder_depth=28,
+    decoder_patch_size=16,
+    mean=preprocessing.HALF if half else IMAGENET_MEAN,
+    std=preprocessing.HALF if half else IMAGENET_STD,
+  )
+
+
+# What "random:ID" builds.
 PUBLISHED = {
-  f"nyu-visionx/RAE-{name}": _config(*sizes)
+  f"nyu-visionx/RAE-{name}": _published(*sizes)
   for name, sizes in {
+    "dinov2-wReg-small-ViTXL-n08": ("dinov2", 384, 12, 14, 224),
     "dinov2-wReg-base-ViTXL-n08": ("dinov2", 768, 12, 14, 224),
     "dinov2-wReg-base-ViTXL-n08-i512": ("dinov2", 768, 12, 14, 448),
-    "dinov2-wReg-small-ViTXL-n08": ("dinov2", 384, 12, 14, 224),
     "dinov2-wReg-large-ViTXL-n08": ("dinov2", 1024, 24, 14, 224),
+    "siglip2-base-p16-i256-ViTXL-n08": ("siglip2", 768, 12, 16, 256),
+    "mae-base-p16-ViTXL-n08": ("mae", 768, 12, 16, 256),
   }.items()
 }
 
 
-def encoder_kind(config: vit.ViTConfig) -> str:
-  """ "dinov2", …: diffusers' `encoder_type` of an encoder."""
-  for kind in _ENCODERS:
-    sizes = (config.width, config.depth, config.patch_size)
-    if _encoder_config(kind, *sizes) == config:
-      return kind
-  raise ValueError(f"no encoder of diffusers' is like {config}")
-
-
-def rules(config: RAEConfig) -> list[mapping.Rule]:
-  """Published tensor of every parameter of `RAE(config)`, statistics apart."""
-  _, family = _ENCODERS[encoder_kind(config.encoder)]
-  table = [
-    dataclasses.replace(
-      rule, path=f"encoder/{rule.path}", key=f"encoder.{rule.key}"
-    )
-    for rule in family.rules(config.encoder, "affine_free")
-  ]
+def decoder_rules() -> list[mapping.Rule]:
+  """Published tensor of every parameter of `RAEDecoder`."""
 
   def pair(path, key, name="kernel", layout=mapping.LINEAR):
-    yield mapping.Rule(
-      f"decoder/{path}/{name}", f"decoder.{key}.weight", layout
-    )
-    yield mapping.Rule(f"decoder/{path}/bias", f"decoder.{key}.bias")
+    yield mapping.Rule(f"{path}/{name}", f"{_DECODER}{key}.weight", layout)
+    yield mapping.Rule(f"{path}/bias", f"{_DECODER}{key}.bias")
 
   def norm(path, key):
-    return pair(path, key, "scale", mapping.SAME)
+    return pair(f"{path}/norm", key, "scale", mapping.SAME)
 
   layer, block = "decoder_layers.{}", "blocks/block"
+  table = [
+    mapping.Rule("cls_token", f"{_DECODER}trainable_cls_token"),
+    *pair("embed", "decoder_embed"),
+    *norm("norm", "decoder_norm"),
+    *pair("head", "decoder_pred"),
+    *norm(f"{block}/norm1", f"{layer}.layernorm_before"),
+    *norm(f"{block}/norm2", f"{layer}.layernorm_after"),
+  ]
   dense = {
     "attention/query": "attention.to_q",
     "attention/key": "attention.to_k",
@@ -130,15 +143,7 @@ def rules(config: RAEConfig) -> list[mapping.Rule]:
   }
   for path, key in dense.items():
     table += pair(f"{block}/{path}", f"{layer}.{key}")
-  return [
-    *table,
-    *norm(f"{block}/norm1/norm", f"{layer}.layernorm_before"),
-    *norm(f"{block}/norm2/norm", f"{layer}.layernorm_after"),
-    *pair("embed", "decoder_embed"),
-    *norm("norm/norm", "decoder_norm"),
-    *pair("head", "decoder_pred"),
-    mapping.Rule("decoder/cls_token", "decoder.trainable_cls_token"),
-  ]
+  return table
 
 
 def parse_config(raw: Mapping[str, Any], path: pathlib.Path) -> RAEConfig:
@@ -215,18 +220,39 @@ def read_folder(
   # The file's come after config.json's, as in diffusers.
   pixels = {
     name: preprocessing.statistics(tensors[key].ravel(), key, str(folder))
-    for name, key in (("mean", "encoder_mean"), ("std", "encoder_std"))
+    for name, key in _PIXELS.items()
     if key in tensors
   }
   config = dataclasses.replace(config, latent_norm=latent_norm, **pixels)
-  buffers = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")
-  params = mapping.import_params(
-    rules(config),
-    {key: value for key, value in tensors.items() if key not in buffers},
-    param_shapes(config),
-    source=str(folder),
-    ignored=_unused(config),
-  )
+  shapes = param_shapes(config)
+  encoder = {
+    key.removeprefix(_ENCODER): tensor
+    for key, tensor in tensors.items()
+    if key.startswith(_ENCODER)
+  }
+  read = (*_PIXELS.values(), *(f"_{name}" for name in _STATISTICS))
+  decoder = {
+    key: tensor
+    for key, tensor in tensors.items()
+    if not key.startswith(_ENCODER) and key not in read
+  }
+  params = {
+    "encoder": architectures.import_params(
+      config.encoder,
+      "affine_free",
+      encoder,
+      shapes["encoder"],
+      f"the encoder of {folder}",
+    ),
+    "decoder": mapping.import_params(
+      decoder_rules(),
+      decoder,
+      shapes["decoder"],
+      source=str(folder),
+      # A function of its size, which older files hold all the same.
+      ignored={f"{_DECODER}decoder_pos_embed": None},
+    ),
+  }
   return config, {**params, **statistics}
 
 
@@ -246,22 +272,13 @@ def param_shapes(config: RAEConfig) -> Any:
   return {name: shapes[name] for name in ("encoder", "decoder")}
 
 
-def _unused(config: RAEConfig) -> dict[str, tuple[int, ...] | None]:
-  """Published tensors that nothing reads at inference."""
-  _, family = _ENCODERS[encoder_kind(config.encoder)]
-  unused = family.constant_tensors(config.encoder, "affine_free")
-  ignored = {f"encoder.{key}": value.shape for key, value in unused.items()}
-  # A function of its size, which older files hold all the same.
-  return {**ignored, "decoder.decoder_pos_embed": None}
-
-
 def _latent_statistics(
   tensors: Mapping[str, np.ndarray], config: RAEConfig, folder: pathlib.Path
 ) -> dict[str, np.ndarray]:
   """Mean and deviation, as they broadcast against latents (h, w, D)."""
   full = (1, config.encoder.width, config.grid, config.grid)
   out = {}
-  for name in ("latents_mean", "latents_std"):
+  for name in _STATISTICS:
     tensor = tensors.get(f"_{name}")
     if tensor is None:
       raise ValueError(f"{folder} has no tensor _{name}; download it again")
