@@ -106,9 +106,7 @@ class Lpips(nn.Module):
     x, y = (_scale(z).astype(self.dtype) for z in (images, references))
     total = 0.0
     for i, stage in enumerate(stages):
-      module = stage_type(
-        stage, self.dtype, self.convolution, name=f"stage{i}"
-      )
+      module = stage_type(stage, self.dtype, self.convolution, name=f"stage{i}")
       x, y = module(x), module(y)
       head = self.param(
         f"head{i}", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32

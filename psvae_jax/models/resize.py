@@ -174,9 +174,7 @@ def resize_bilinear(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   return _resize(images, size, bilinear_matrix)
 
 
-def resize_bilinear_tf1(
-  images: jax.Array, size: tuple[int, int]
-) -> jax.Array:
+def resize_bilinear_tf1(images: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes images as TensorFlow 1's bilinear resizing does by default.
 
   Args:

@@ -23,7 +23,7 @@ from flax import traverse_util
 from psvae_jax.config import nearest
 from psvae_jax.models import inception, resize
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.encoder import RANDOM
+from psvae_jax.pretrained.untrained import RANDOM
 
 MODEL_TYPE = "fid_inception"
 GRAPH = "inception-2015-12-05"
@@ -160,9 +160,7 @@ def rules() -> list[mapping.Rule]:
       table.append(mapping.Rule(path, "fc.weight", mapping.LINEAR))
       continue
     key, layout = _UNIT[parameter]
-    table.append(
-      mapping.Rule(path, f"{unit.replace('/', '.')}.{key}", layout)
-    )
+    table.append(mapping.Rule(path, f"{unit.replace('/', '.')}.{key}", layout))
   return table
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.models import lpips
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.encoder import RANDOM
+from psvae_jax.pretrained.untrained import RANDOM
 
 MODEL_TYPE = "lpips"
 VERSION = "0.1"  # of the heads
@@ -222,9 +222,7 @@ def _with_help(read: Any, folder: pathlib.Path, network: str) -> Any:
     raise FileNotFoundError(f"{error}; {how_to_make(network)}") from error
 
 
-def _read_network(
-  folder: pathlib.Path, name: str, wanted: str | None
-) -> str:
+def _read_network(folder: pathlib.Path, name: str, wanted: str | None) -> str:
   """What the folder's config.json says, checked."""
   if not name or not folder.is_dir():
     what = f"folder {name} does not exist" if name else "no folder is given"

@@ -1,4 +1,4 @@
-"""Resampling against PyTorch's."""
+"""Resampling against PyTorch's and TensorFlow 1's."""
 
 import jax
 import jax.numpy as jnp
@@ -89,3 +89,27 @@ def test_bad_input_is_named():
     resize.resize_bicubic(np.zeros((8, 8, 3), np.float32), (0, 4))
   with pytest.raises(ValueError, match="8 to 0"):
     resize.resize_bilinear(np.zeros((8, 8, 3), np.float32), (0, 4))
+
+
+@pytest.mark.parametrize(("size", "out"), [*SIZES, ((64, 48), (299, 299))])
+def test_bilinear_of_tensorflow_1_equals_torch_fidelity(size, out):
+  torch = pytest.importorskip("torch")
+  compat = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+  images = np.random.default_rng(0).uniform(0, 255, (2, *size, 3))
+  images = images.astype(np.float32)
+  want = compat.interpolate_bilinear_2d_like_tensorflow1x(
+    torch.from_numpy(images).permute(0, 3, 1, 2), size=out, align_corners=False
+  )
+  got = resize.resize_bilinear_tf1(images, out)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(
+    got, want.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-4
+  )
+
+
+def test_bilinear_of_tensorflow_1_starts_at_the_corner():
+  matrix = resize.bilinear_tf1_matrix(2, 4)
+  want = [[1, 0], [0.5, 0.5], [0, 1], [0, 1]]
+  np.testing.assert_array_equal(matrix, want)
+  with pytest.raises(ValueError, match="axis of 0 to 4"):
+    resize.bilinear_tf1_matrix(0, 4)

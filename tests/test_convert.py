@@ -1,0 +1,129 @@
+"""The converter: published files become folders that load."""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from psvae_jax import convert as command
+from psvae_jax.pretrained import inception, lpips, mapping
+
+torch = pytest.importorskip("torch")
+
+
+def save(path, tensors):
+  tensors = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
+  torch.save(tensors, path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def network():
+  return lpips.load_lpips("random:alex")
+
+
+@pytest.fixture(name="published")
+def _published(network, tmp_path):
+  """torchvision's and the lpips package's two files, with random weights."""
+  tensors = mapping.export_params(lpips.rules("alex"), network.params)
+  backbone = {k: v for k, v in tensors.items() if k.startswith("features")}
+  for layer in (1, 4, 6):  # of the real file, these are 58 million numbers
+    for kind in ("weight", "bias"):
+      backbone[f"classifier.{layer}.{kind}"] = np.zeros(2, np.float32)
+  heads = {k: v for k, v in tensors.items() if k.startswith("lin")}
+  return {
+    "weights": save(tmp_path / "alexnet-owt-7be5be79.pth", backbone),
+    "heads": save(tmp_path / "alex.pth", heads),
+  }
+
+
+def arguments(kind, paths, out):
+  options = {**paths, "out": out}
+  return [kind, *(f"--{name}={value}" for name, value in options.items())]
+
+
+def test_lpips_is_converted_and_says_where_it_comes_from(
+  network, published, tmp_path, capsys
+):
+  out = tmp_path / "weights" / "lpips"
+  command.main(arguments("alexnet", published, out))
+  loaded = lpips.load_lpips(out)
+  assert loaded.fingerprint == network.fingerprint
+  assert sorted(path.name for path in out.iterdir()) == [
+    "config.json",
+    "model.safetensors",
+  ]
+  config = json.loads((out / "config.json").read_text())
+  assert config["sources"] == [
+    {
+      "file": path.name,
+      "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    for path in published.values()
+  ]
+  said = capsys.readouterr().out
+  assert f"LPIPS with 'alex' → {out} (9.4 MiB)" in said
+  # These random weights are not the file whose name they have.
+  assert "note: alexnet-owt-7be5be79.pth: its SHA-256 begins with" in said
+  assert "alex.pth:" not in said
+
+
+def test_an_existing_folder_is_never_replaced(published, tmp_path, capsys):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / "mine").write_text("kept")
+  with pytest.raises(SystemExit, match="is not replaced"):
+    command.main(arguments("alexnet", published, out))
+  assert [path.name for path in out.iterdir()] == ["mine"]
+  (out / "mine").unlink()
+  command.main(arguments("alexnet", published, out))
+  with pytest.raises(SystemExit, match="is not replaced"):
+    command.main(arguments("alexnet", published, out))
+  with pytest.raises(SystemExit, match="is not replaced"):
+    command.main(arguments("alexnet", published, published["heads"]))
+
+
+def test_a_file_that_does_not_fit_writes_nothing(published, tmp_path):
+  out = tmp_path / "out"
+  with pytest.raises(SystemExit, match="missing: features.10.weight"):
+    command.main(arguments("vgg16", published, out))
+  published["heads"].write_bytes(b"no pickle")
+  with pytest.raises(SystemExit, match="alex.pth is truncated or no file of"):
+    command.main(arguments("alexnet", published, out))
+  published["heads"].unlink()
+  with pytest.raises(SystemExit, match="alex.pth does not exist"):
+    command.main(arguments("alexnet", published, out))
+  assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+  ("name", "port"),
+  [
+    ("pt_inception-2015-12-05-6726825d.pth", "pytorch-fid"),
+    ("weights-inception-2015-12-05-6726825d.pth", "torch-fidelity"),
+  ],
+)
+def test_both_ports_of_inception_are_converted(tmp_path, name, port):
+  network = inception.load_inception("random:inception")
+  tensors = mapping.export_params(inception.rules(), network.params)
+  tensors["fc.bias"] = np.zeros(1008, np.float32)
+  path = save(tmp_path / name, tensors)
+  said = command.convert("inception", {"weights": path}, tmp_path / "out")
+  assert said == f"the FID network ({port})"
+  loaded = inception.load_inception(tmp_path / "out")
+  assert loaded.port == port
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, network.params)
+
+
+@pytest.mark.parametrize("kind", [None, *command.KINDS])
+def test_help_shows_where_files_are_published(kind, capsys):
+  with pytest.raises(SystemExit, match="0"):
+    command.parse_arguments(["--help"] if kind is None else [kind, "--help"])
+  shown = capsys.readouterr().out
+  if kind is None:
+    assert "python -m psvae_jax.convert vgg16 --weights=vgg16-" in shown
+    assert all(name in shown for name in command.KINDS)
+  else:
+    assert "https://" in shown and "--out" in shown
