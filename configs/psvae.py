@@ -15,8 +15,10 @@ Variants
 "bundled" the same on scikit-image's pictures, no folder needed.
 "base"    the paper's: DINOv2-B with registers, 224² → 256², 96 channels,
           ImageNet-1K, LDM's decoder and adversary. It wants the encoder's
-          weights (downloaded, or encoder=FOLDER), ImageNet as TensorFlow
-          Datasets prepares it (--config.data.root=DATA_DIR), and a TPU slice
+          weights (downloaded, or encoder=FOLDER), LPIPS's network (a folder
+          that `python -m psvae_jax.convert vgg16` makes of two published files:
+          --config.perceptual.weights=FOLDER), ImageNet as TensorFlow Datasets
+          prepares it (--config.data.root=DATA_DIR), and a TPU slice
           or several GPUs: psvae_jax.model_table says what it costs. Wall time
           and figures not measured; the paper reports PSNR 28.79 dB and SSIM
           0.817 for its own training.
@@ -30,12 +32,11 @@ decoder=vit  RAE's kind with overlapping patches; at paper scale as wide and as
              deep as the encoder. The default of the others.
 encoder=NAME folder or Hub id of another DINOv2, or random:ID for a dry run
              without weights, e.g. random:facebook/dinov2-with-registers-base.
+             Then --config.perceptual.weights=random:vgg too.
 
 The paper leaves much of the training open (its supplement is not at hand).
 Values below are the paper's where a comment names its section, LDM's or RAE's
-where it names those, and our choice elsewhere. LPIPS is not there yet: a
-multi-scale gradient loss stands in for it, so do not expect the paper's LPIPS
-or rFID of "base".
+where it names those, and our choice elsewhere.
 """
 
 import ml_collections
@@ -224,6 +225,8 @@ def _paper(size: str) -> ml_collections.ConfigDict:
   c.discriminator = dict(
     kind="patch", norm="group", channels=64, num_layers=3, augment=()
   )
+  # LDM's and RAE's network of LPIPS; there is no default for its weights.
+  c.perceptual = dict(weights="", network="vgg")
   # An epoch is 13 346 steps. Stage 1 brings the adversary in halfway, at LDM's
   # step 50 000; stage 2 starts with that one, after the learning rate's rise.
   c.svae = _paper_stage(steps=100_000, gan_start=50_000)
@@ -273,7 +276,8 @@ def _paper_stage(steps: int, gan_start: int) -> ml_collections.ConfigDict:
         pixel=1.0,
         l1=1.0,  # LDM
         mse=0.0,
-        perceptual=0.5,  # the stand-in for LPIPS, weighted as in the miniature
+        perceptual=0.0,
+        lpips=1.0,  # LDM, RAE
         gan=0.5,  # LDM
         gan_adaptive=True,  # LDM
         gan_start=gan_start,

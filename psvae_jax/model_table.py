@@ -30,8 +30,9 @@ from psvae_jax.flops import count_flops
 from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer
 from psvae_jax.pretrained.encoder import abstract_encoder
-from psvae_jax.tasks import autoencoder
+from psvae_jax.tasks import autoencoder, perceptual
 from psvae_jax.tasks.autoencoder import AutoencoderTask
+from psvae_jax.tasks.perceptual import PERCEPTUAL
 from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train_state import TrainState
 
@@ -46,9 +47,10 @@ its weights (random:facebook/dino-vits8 will do). Nothing is compiled or run; it
 takes half a minute.
 
 A step's FLOPs are those of its matrix products and convolutions, with the
-adversary at work. "Kept for backward" is what the autoencoder's forward pass
-saves for its backward pass, before the compiler rearranges anything; a
-generator's is the DiT's.
+adversary at work. "Kept for backward" is what the forward pass of autoencoder
+and LPIPS saves for the backward pass, before the compiler rearranges anything;
+a generator's is the DiT's. A row "perceptual" is LPIPS on one pair of images;
+its weights are not needed here.
 
   --config=FILE[:VARIANT]  the job, as for psvae_jax.main
   --config.FIELD=VALUE     any field of it
@@ -93,8 +95,11 @@ def make_table(config: Config) -> dict[str, Any]:
         f"none of {', '.join(ROUTES)}"
       )
   tasks = {stage: _abstract_task(stage, config) for stage in config.stages}
-  # The stage with the most modules: with a discriminator, where there is one.
-  most = max(tasks.values(), key=lambda task: len(task.modules))
+  # The stage with the most modules: with discriminator and LPIPS, where they
+  # are.
+  most = max(
+    tasks.values(), key=lambda task: (len(task.modules), len(task.frozen))
+  )
   grid = most.model.grid
   return {
     "encoder": config.model.encoder or "embedded miniature",
@@ -111,7 +116,7 @@ def make_table(config: Config) -> dict[str, Any]:
 def _abstract_task(
   stage: str, config: Config, remat: bool | None = None
 ) -> AutoencoderTask:
-  """The task of a stage with an encoder of shapes alone."""
+  """The task of a stage with frozen networks of shapes alone."""
   if remat is not None:
     compute = dataclasses.replace(config.compute, remat=remat)
     config = dataclasses.replace(config, compute=compute)
@@ -122,7 +127,12 @@ def _abstract_task(
     unroll=config.compute.unroll,
     dtype=jnp.dtype(config.compute.dtype),
   )
-  return AutoencoderTask(stage, config, Path(), encoder=encoder)
+  lpips = None
+  if config.sections[stage].loss.lpips:
+    lpips = perceptual.abstract(config)
+  return AutoencoderTask(
+    stage, config, Path(), encoder=encoder, perceptual=lpips
+  )
 
 
 def _abstract_state(task: AutoencoderTask) -> tuple[TrainState, Callable]:
@@ -177,6 +187,15 @@ def _modules(task: AutoencoderTask) -> dict[str, dict[str, int]]:
         image,
       ),
     }
+  if task.perceptual is not None:
+    image = cost_table.float32(1, task.image_size, task.image_size, 3)
+    params = task.frozen[PERCEPTUAL]
+    table[PERCEPTUAL] = {
+      "parameters": cost_table.count(params),
+      "forward_flops": count_flops(
+        task.perceptual.distance, params, image, image
+      ),
+    }
   return table
 
 
@@ -187,8 +206,8 @@ def _stage(stage: str, config: Config) -> dict[str, Any]:
     `trains`: the trained modules. `batch_size`. `flops`: of a step, an image,
     with the adversary at work: without rematerialisation (the figure for
     utilisation) and with it. `bytes`: of the arrays that stay. `saved_bytes`:
-    what the autoencoder's forward pass keeps for the backward pass, an image,
-    without and with rematerialisation.
+    what the forward pass of autoencoder and LPIPS keeps for the backward pass,
+    an image, without and with rematerialisation.
   """
   flops, saved = {}, {}
   for remat in (False, True):
@@ -219,9 +238,10 @@ def _stage(stage: str, config: Config) -> dict[str, Any]:
 
 
 def _saved_bytes(task: AutoencoderTask, state: TrainState) -> int:
-  """Bytes an image adds to what waits for the autoencoder's backward pass.
+  """Bytes an image adds to what waits for the backward pass.
 
-  Before the compiler: it may keep less, by fusing, or hold more for a while.
+  Of the autoencoder and LPIPS; the adversary's share is not in it. Before the
+  compiler: it may keep less, by fusing, or hold more for a while.
   """
   params = {name: state.params[name] for name in task.route.trains}
   grid, channels = task.model.grid, task.config.model.channels
@@ -232,10 +252,13 @@ def _saved_bytes(task: AutoencoderTask, state: TrainState) -> int:
         task.model, task.route, params, frozen, images, noise
       )
       terms, _ = task.latent_terms(out)
-      return sum(terms.values()), out.reconstruction
+      return (sum(terms.values()), out.reconstruction), out.image
 
-    _, pull = jax.vjp(outputs, params)
-    return jax.tree.leaves(pull)
+    (_, fake), pull, real = jax.vjp(outputs, params, has_aux=True)
+    _, pull_pixel = jax.vjp(
+      lambda fake: task.pixel_loss(frozen, fake, real)[0], fake
+    )
+    return jax.tree.leaves((pull, pull_pixel))
 
   def size(count):
     noise = cost_table.float32(count, grid, grid, channels)

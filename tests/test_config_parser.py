@@ -13,6 +13,7 @@ from psvae_jax.config import ConfigError
 from psvae_jax.config import checks as config_checks
 from psvae_jax.config import parser as config_parser
 from psvae_jax.models.autoencoder import check_sizes
+from psvae_jax.models.lpips import MIN_SIDE
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -135,6 +136,18 @@ VALID_GAN = {
     (
       {"model__output_size": 42, "svae__loss__perceptual": 0.5},
       r"perceptual=0\.5 .*now 42.*e\.g\. 44",
+    ),
+    (
+      {"perceptual__network": "vgg19"},
+      r"perceptual\.network='vgg19' is unknown; did you mean 'vgg'",
+    ),
+    (
+      {
+        "model__output_size": 24,
+        "svae__loss__lpips": 1.0,
+        "perceptual__network": "alex",
+      },
+      r"lpips=1\.0 needs images of at least 31 pixels.*output_size is 24",
     ),
     # The adversary.
     (
@@ -399,3 +412,8 @@ def test_every_field_can_be_overridden(name, variant):
   parsed = dataclasses.asdict(config_parser.parse(config))
   sections = parsed.pop("sections")
   assert config.to_dict() == {**parsed, **sections}
+
+
+def test_least_sizes_are_those_of_the_networks():
+  # The checks import no model.
+  assert config_checks._LEAST_LPIPS == MIN_SIDE

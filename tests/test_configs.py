@@ -58,6 +58,7 @@ def test_base_has_the_published_sizes(get_config):
     assert section.optim.learning_rate == 1e-4
     assert section.loss.kl == 1e-4 and section.loss.kl_reduction == "mean"
     assert section.loss.gan == 0.5
+    assert section.loss.lpips == 1.0 and section.loss.perceptual == 0.0
     assert 0 < section.loss.gan_start < section.train.steps
   loss = config.sections["psvae"].loss
   assert loss.semantic / loss.pixel == pytest.approx(0.1)

@@ -1,5 +1,6 @@
 """What the table counts is what the real task has and computes."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,6 +10,7 @@ import pytest
 import tiny
 
 from psvae_jax import cost_table, model_table
+from psvae_jax.config import PerceptualConfig
 from psvae_jax.config import parser as config_parser
 from psvae_jax.flops import count_flops
 from psvae_jax.optim import make_optimizer
@@ -98,6 +100,33 @@ def test_a_step_is_made_of_its_modules(table):
   assert least < table["stages"]["svae"]["flops"]["plain"] < most
 
 
+def test_lpips_is_counted_without_its_weights(config, table):
+  """Three passes a pair: both forward, and back to the reconstruction."""
+  raw = dataclasses.replace(config.sections["svae"].loss, lpips=1.0)
+  section = dataclasses.replace(config.sections["svae"], loss=raw)
+  changed = dataclasses.replace(
+    config,
+    stages=("svae",),
+    sections={"svae": section},
+    perceptual=PerceptualConfig(network="alex"),  # no weights are named
+  )
+  found = model_table.make_table(changed)
+  pair = found["modules"]["perceptual"]
+  before, after = table["stages"]["svae"], found["stages"]["svae"]
+  more = after["flops"]["plain"] - before["flops"]["plain"]
+  assert more == pytest.approx(1.5 * pair["forward_flops"], rel=0.02)
+  assert after["bytes"]["frozen"] - before["bytes"]["frozen"] == (
+    4 * pair["parameters"]
+  )
+  for key in ("trains", "batch_size"):
+    assert after[key] == before[key]
+  saved = {
+    k: after["saved_bytes"][k] - before["saved_bytes"][k]
+    for k in after["saved_bytes"]
+  }
+  assert 0 < saved["remat"] < saved["plain"]
+
+
 def test_base_modules(monkeypatch):
   """The paper's model, from shapes alone; no step is traced."""
   monkeypatch.setattr(model_table, "_stage", lambda stage, config: {})
@@ -107,6 +136,11 @@ def test_base_modules(monkeypatch):
   assert millions["encoder"] == pytest.approx(86.6, abs=0.05)
   assert millions["pixel_decoder"] == pytest.approx(41.7, abs=0.05)
   assert millions["discriminator"] == pytest.approx(2.77, abs=0.01)
+  # VGG16's convolutions, and a number a channel of the layers that are read.
+  assert modules["perceptual"]["parameters"] == 14_714_688 + 1472
+  # Two images; 15.35 G multiply-adds at 224², less those on padding.
+  flops = 2 * 2 * 15.35e9 * (256 / 224) ** 2
+  assert modules["perceptual"]["forward_flops"] == pytest.approx(flops, 0.02)
   # 2 · multiply-adds: 12 blocks on 1 + 4 + 256 tokens, and the patches.
   tokens, width = 261, 768
   blocks = 12 * (2 * 12 * tokens * width**2 + 4 * tokens**2 * width)

@@ -35,6 +35,7 @@ def make_task(argument, stage):
   """The shipped job at batch 1, with every rate at its peak from step 0."""
   get_config = runpy.run_path(str(_ROOT / "configs" / "psvae.py"))["get_config"]
   raw = get_config(f"{argument},encoder={_ENCODER}")
+  raw.perceptual.weights = "random:vgg"
   section = raw[stage]
   section.train.batch_size = 1
   section.loss.gan_start = section.loss.gan_warmup = 0
@@ -77,6 +78,7 @@ def test_a_step_of_each_stage(argument, stage):
   for values in metrics:
     assert all(np.isfinite(v) for v in values.values()), values
   assert metrics[0]["train/gan_weight"] > 0
+  assert metrics[0]["train/loss_lpips"] > 0
   assert int(state.step) == 2
   # Nothing but the table's modules and the adversary is trained, and every
   # matrix of those moves.

@@ -15,6 +15,7 @@ from psvae_jax import checkpoint, train
 from psvae_jax.config import MeshConfig
 from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators import image_metrics
+from psvae_jax.export import export
 from psvae_jax.models.autoencoder import Autoencoder
 from psvae_jax.psvae import stages_with_checkpoints
 from psvae_jax.sharding import make_mesh
@@ -276,3 +277,41 @@ def test_another_models_config_is_an_error(job, tmp_path):
 def test_batch_size_is_positive(job):
   with pytest.raises(ValueError, match="batch_size must be at least 1"):
     psvae_jax.PSVAE.from_pretrained(pathlib.Path(job[0]), batch_size=0)
+
+
+@pytest.fixture(scope="module")
+def export_folder(job):
+  """An export of the job's last stage, its tuned encoder in "tuned" beside."""
+  folder = job[0].parent / "exported"
+  export(job[0], folder, encoder=folder.with_name("tuned"))
+  return folder
+
+
+def test_an_export_decodes_to_the_bit(vaes, export_folder):
+  loaded, vae = psvae_jax.PSVAE.from_pretrained(export_folder), vaes["psvae"]
+  assert loaded.latent_fingerprint == vae.latent_fingerprint
+  z = np.random.default_rng(0).standard_normal((3, 4, 4, 4), np.float32)
+  np.testing.assert_array_equal(loaded.decode(z), vae.decode(z))
+  np.testing.assert_array_equal(loaded.encode(images(3)), vae.encode(images(3)))
+
+
+def test_the_tuned_encoder_opens_in_transformers(job, vaes, export_folder):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  folder = export_folder.with_name("tuned")
+  model, info = transformers.AutoModel.from_pretrained(
+    folder, output_loading_info=True
+  )
+  assert not any(info.values()), info
+  processor = transformers.AutoImageProcessor.from_pretrained(folder)
+  pixels = (images(3, 32) / 255.0 - processor.image_mean) / processor.image_std
+  pixels = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    tokens = model.eval()(pixels).last_hidden_state
+  registers = model.config.num_register_tokens
+  wanted = tokens[:, 1 + registers :].reshape(3, 4, 4, -1).numpy()
+  found = vaes["psvae"].features(images(3, 32))
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+  # It is the tuned one: the frozen encoder's features are others.
+  frozen = vaes["svae"].features(images(3, 32))
+  assert np.abs(frozen - wanted).max() > 1e-3

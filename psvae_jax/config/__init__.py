@@ -14,6 +14,7 @@ from psvae_jax.config.autoencoder import (
   AutoencoderModel,
   AutoencoderStage,
   DiscriminatorConfig,
+  PerceptualConfig,
   PixelDecoderConfig,
   SemanticConfig,
 )
@@ -72,6 +73,7 @@ __all__ = [
   "MeshConfig",
   "OptimConfig",
   "ParaphraseConfig",
+  "PerceptualConfig",
   "PixelDecoderConfig",
   "STAGES",
   "SampleConfig",
@@ -110,6 +112,7 @@ class Config:
   eval: EvalConfig = EvalConfig()
   compute: ComputeConfig = ComputeConfig()
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
+  perceptual: PerceptualConfig = PerceptualConfig()
   guard: GuardConfig = GuardConfig()
   autoencoder: AutoencoderConfig = AutoencoderConfig()
   cache: CacheConfig = CacheConfig()

@@ -15,7 +15,10 @@ class AutoencoderLossConfig:
     kl_reduction: "mean" over latent dimensions or "sum" over them (LDM).
     pixel: on the whole pixel loss.
     l1, mse: weights inside the pixel loss.
-    perceptual: weight of `losses.multiscale_gradient_loss` inside it.
+    perceptual: weight of `losses.multiscale_gradient_loss` inside it, the
+      miniature's term, which knows nothing of trained networks.
+    lpips: weight of LPIPS inside it (LDM, RAE: 1), by the network of section
+      `perceptual`; 0 loads none.
     gan: weight of the adversarial term inside it; 0 builds no discriminator.
     gan_adaptive: multiply `gan` by λ, which gives the term the gradient norm
       of the rest of the pixel loss at the decoder's last layer (taming).
@@ -31,6 +34,7 @@ class AutoencoderLossConfig:
   l1: float = 1.0
   mse: float = 0.0
   perceptual: float = 0.0
+  lpips: float = 0.0
   gan: float = 0.0
   gan_adaptive: bool = True
   gan_start: int = 0
@@ -133,3 +137,21 @@ class DiscriminatorConfig:
   num_layers: int = 3
   weights: str = ""
   augment: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceptualConfig:
+  """The frozen network of LPIPS in the pixel loss. Not in the fingerprint.
+
+  Attributes:
+    weights: folder that `python -m psvae_jax.convert` wrote, or "random:vgg"
+      for a dry run.
+    network: "vgg" (VGG16: LDM's and RAE's) or "alex".
+    dtype: of its products, "float32" whatever `compute.dtype` is, or
+      "bfloat16", which accelerators compute many times as fast. Distances are
+      taken in float32 either way.
+  """
+
+  weights: str = ""
+  network: str = "vgg"
+  dtype: str = "float32"

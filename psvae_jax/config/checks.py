@@ -45,6 +45,8 @@ _CHOICES = {
   "discriminator.kind": ("patch", "dino"),
   "discriminator.norm": ("group", "batch", "instance"),
   "discriminator.augment": ("color", "translation", "cutout"),
+  "perceptual.network": ("vgg", "alex"),
+  "perceptual.dtype": ("float32", "bfloat16"),
   "model.condition": ("text", "class"),
   "cache.dtype": ("float32", "bfloat16", "float16"),
   "sample.solver": ("euler", "heun", "midpoint", "ancestral"),
@@ -95,7 +97,7 @@ _RANGES = {
   "*.loss.*": "[0, inf)",
   "model.semantic_*.mlp_hidden": "[0, inf)",
   "model.pixel_decoder.mlp_ratio": "(0, inf)",
-  "model.pixel_decoder.num_res_blocks": "[0, inf)",
+  "model.pixel_decoder.num_res_blocks": "[0, 64]",
   "model.pixel_decoder.overlap": "[0, inf)",
   "model.pixel_decoder.refine_channels": "[0, inf)",
   "model.dit.mlp_ratio": "(0, inf)",
@@ -110,6 +112,7 @@ _SSIM_WINDOW = 11  # evaluators.image_metrics.ssim
 _LEAST_SCENE = 16  # data.scene_render.render
 _NORM_IMAGES = 8  # models.discriminator.DinoDiscriminator
 _GRADIENT_FACTOR = 4  # losses.multiscale_gradient_loss with its three scales
+_LEAST_LPIPS = {"vgg": 16, "alex": 31}  # their poolings leave one position
 
 
 def leaves(section: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -279,6 +282,14 @@ def _check_image_sizes(config: Config) -> None:
         f"config.{stage}.loss.perceptual={section.loss.perceptual} needs "
         f"config.model.output_size, now {size}, to be a multiple of "
         f"{_GRADIENT_FACTOR}, e.g. {nearest_multiple(size, 4)}; or set it to 0"
+      )
+    least = _LEAST_LPIPS[config.perceptual.network]
+    if section.loss.lpips and size < least:
+      raise ConfigError(
+        f"config.{stage}.loss.lpips={section.loss.lpips} needs images of at "
+        f"least {least} pixels for config.perceptual.network="
+        f"{config.perceptual.network!r}, config.model.output_size is {size}; "
+        "or set it to 0"
       )
 
 

@@ -33,6 +33,12 @@ from psvae_jax.models.vit import ViT, ViTConfig
 
 MODULES = ("encoder", "semantic_encoder", "semantic_decoder", "pixel_decoder")
 
+# Positions, windows and resizing are made on the host, of any size that a
+# config.json claims.
+_MOST_PIXELS = 8192  # a side
+_MOST_NUMBERS = 2**27  # in all tokens of an image
+_MOST_LEVELS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
@@ -161,10 +167,24 @@ def check_sizes(config: AutoencoderModel, encoder: ViTConfig) -> None:
     ConfigError: sizes that do not fit together.
   """
   patch, size = encoder.patch_size, config.image_size
+  for name in ("image_size", "output_size"):
+    if getattr(config, name) > _MOST_PIXELS:
+      raise ConfigError(
+        f"config.model.{name}={getattr(config, name)} is beyond what this code "
+        f"is made for; {_MOST_PIXELS} is the most"
+      )
   if size % patch:
     raise ConfigError(
       f"config.model.image_size={size} is not a multiple of the encoder's "
       f"patch size {patch}; {_nearest_multiple(size, patch)} would be"
+    )
+  tokens = (size // patch) ** 2
+  width = max(encoder.width, config.pixel_decoder.width)
+  if tokens * width > _MOST_NUMBERS:
+    raise ConfigError(
+      f"config.model.image_size={size} makes {tokens:,} tokens of width "
+      f"{width:,}, which is beyond what this code is made for; the paper has "
+      "256 of 768"
     )
   if encoder.width % 4:  # no published encoder, and sin-cos needs it
     raise ConfigError(
@@ -210,11 +230,17 @@ def _check_vit_decoder(
 def _check_conv_decoder(
   config: PixelDecoderConfig, grid: int, output_size: int
 ) -> None:
-  factor = 2 ** (len(config.channel_mult) - 1) * config.output_patch
+  levels = len(config.channel_mult)
+  if not 1 <= levels <= _MOST_LEVELS:
+    raise ConfigError(
+      f"config.model.pixel_decoder.channel_mult has {levels} levels, not 1 to "
+      f"{_MOST_LEVELS}; e.g. {PixelDecoderConfig().channel_mult}"
+    )
+  factor = 2 ** (levels - 1) * config.output_patch
   if grid * factor != output_size:
     raise ConfigError(
       f"config.model.pixel_decoder upsamples {factor}× ("
-      f"{len(config.channel_mult)} levels of channel_mult, output_patch "
+      f"{levels} levels of channel_mult, output_patch "
       f"{config.output_patch}), so a {grid}×{grid} grid gives "
       f"{grid * factor} pixels, not config.model.output_size={output_size}; "
       f"output_size={grid * factor} would do"

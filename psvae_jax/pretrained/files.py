@@ -18,7 +18,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from psvae_jax.pretrained import safetensors_file
+
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+# A plain file name; no separators, nothing hidden.
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_MAX_SHARDS = 1000
+# An index of a hundred thousand tensors has nine million.
+_MAX_JSON = 16 * 2**20
 
 
 def resolve_folder(
@@ -74,15 +81,32 @@ def resolve_folder(
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads one JSON object; errors name the file."""
+  """Reads one JSON object.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a folder, not JSON, no object, or larger than any model's;
+      names the file.
+  """
+  if path.is_dir():
+    raise ValueError(f"{path} is a folder; it must be a JSON file")
   if not path.is_file():
     raise FileNotFoundError(
       f"{path} is missing; a model folder needs {path.name}"
     )
+  size = path.stat().st_size
+  if size > _MAX_JSON:
+    raise ValueError(
+      f"{path} has {size:,} bytes, more than any model's {path.name} "
+      f"({_MAX_JSON:,}); download or copy it again"
+    )
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON: {error}") from error
+  except (ValueError, RecursionError) as error:
+    reason = "nested too deeply"
+    if isinstance(error, ValueError):
+      reason = str(error)
+    raise ValueError(f"{path} is not valid JSON: {reason}") from error
   if not isinstance(value, dict):
     raise ValueError(f"{path} must hold a JSON object")
   return value
@@ -121,23 +145,23 @@ def read_safetensors(
   folder = pathlib.Path(folder)
   single = folder / f"{stem}.safetensors"
   index = folder / f"{stem}.safetensors.index.json"
-  if single.is_file():
+  if os.path.lexists(single):
     return _read_file(single)
-  if not index.is_file():
+  if not os.path.lexists(index):
     raise FileNotFoundError(
       f"{folder} has neither {single.name} nor {index.name}; convert "
       "other formats to safetensors first"
     )
-  weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(
-    isinstance(name, str) and name == pathlib.PurePath(name).name
-    for name in weight_map.values()
-  ):
-    raise ValueError(f'{index}: "weight_map" must map tensors to file names')
+  shards = _read_index(index)
+  missing = [name for name in shards if not (folder / name).is_file()]
+  if missing:  # before gigabytes of the others are read
+    raise FileNotFoundError(
+      f"{folder} has no {list_names(missing)}, which {index.name} names; "
+      "download the folder again"
+    )
   tensors = {}
-  for name in sorted(set(weight_map.values())):
+  for name, stated in sorted(shards.items()):
     shard = _read_file(folder / name)
-    stated = {key for key, value in weight_map.items() if value == name}
     if stated != set(shard):
       raise ValueError(
         f"{folder / name} does not hold the tensors that {index.name} says: "
@@ -147,24 +171,38 @@ def read_safetensors(
   return tensors
 
 
-def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} is missing; download the folder again")
-  try:
-    with safetensors.safe_open(path, framework="np") as file:
-      tensors = {key: file.get_tensor(key) for key in file.keys()}
-  except Exception as error:  # the library has no common error class
+def _read_index(index: pathlib.Path) -> dict[str, set[str]]:
+  """Shards of an index: file → the tensors that it is said to hold."""
+  weight_map = read_json(index).get("weight_map")
+  # Plain names: a shard lies in the folder of the index and nowhere else.
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(name, str) and _SHARD.fullmatch(name)
+    for name in weight_map.values()
+  ):
     raise ValueError(
-      f"{path} is truncated or not a safetensors file ({error}); download "
-      "or copy it again"
-    ) from error
+      f'{index}: "weight_map" must map tensors to file names that end in '
+      ".safetensors"
+    )
+  shards = {}
+  for key, name in weight_map.items():
+    shards.setdefault(name, set()).add(key)
+  if not 1 <= len(shards) <= _MAX_SHARDS:
+    raise ValueError(
+      f'{index}: "weight_map" names {len(shards):,} files; there are 1 to '
+      f"{_MAX_SHARDS:,} in a model"
+    )
+  return shards
+
+
+def _read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+  tensors = safetensors_file.read_tensors(path)
   return {key: _to_float32(value) for key, value in tensors.items()}
 
 
 def _to_float32(tensor: np.ndarray) -> np.ndarray:
   # Kind "V" is how numpy sees bfloat16 and the float8 types.
   if tensor.dtype.kind in "fV":
-    return tensor.astype(np.float32)
+    return tensor.astype(np.float32, copy=False)
   return tensor
 
 

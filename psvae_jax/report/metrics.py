@@ -183,6 +183,7 @@ METRICS: dict[str, Metric] = {
   "loss_l1": Metric("L1 loss"),
   "loss_mse": Metric("MSE loss"),
   "loss_perceptual": Metric("Perceptual loss"),
+  "loss_lpips": Metric("LPIPS"),
   "loss_kl": Metric("KL loss"),
   "loss_t2i": Metric("Loss, text to image"),
   "loss_edit": Metric("Loss, edits"),

@@ -14,7 +14,12 @@ _WEIGHTS = {
   "kl": "KL",
   "pixel": "pixel",
 }
-_PIXEL_WEIGHTS = {"l1": "L1", "mse": "MSE", "perceptual": "perceptual"}
+_PIXEL_WEIGHTS = {
+  "l1": "L1",
+  "mse": "MSE",
+  "perceptual": "perceptual",
+  "lpips": "LPIPS",
+}
 _SOLVERS = {"euler": "Euler", "heun": "Heun"}
 
 

@@ -4,6 +4,7 @@ Which stage it is, `routes.ROUTES` alone knows.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -24,7 +25,9 @@ from psvae_jax.models.pixels import last_layer
 from psvae_jax.optim import TrainedModule
 from psvae_jax.pretrained.dino import load_dino
 from psvae_jax.pretrained.encoder import Encoder, load_encoder, save_encoder
+from psvae_jax.pretrained.lpips import PerceptualNetwork
 from psvae_jax.sharding import mean_over, split_batch
+from psvae_jax.tasks import perceptual as perceptual_lib
 from psvae_jax.tasks.adversarial import Adversary, Verdict
 from psvae_jax.tasks.base import (
   Batch,
@@ -34,6 +37,7 @@ from psvae_jax.tasks.base import (
   Params,
 )
 from psvae_jax.tasks.data import TrainData, image_part
+from psvae_jax.tasks.perceptual import PERCEPTUAL
 from psvae_jax.tasks.routes import PD, ROUTES, SD, SE, D, E, Route
 from psvae_jax.train_state import TrainState
 
@@ -88,13 +92,17 @@ def forward(
 
 
 def pixel_loss(
-  weights: AutoencoderLossConfig, pred: jax.Array, target: jax.Array
+  weights: AutoencoderLossConfig,
+  pred: jax.Array,
+  target: jax.Array,
+  lpips: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """L1 + MSE + perceptual, unweighted as a whole.
+  """L1 + MSE + perceptual terms, unweighted as a whole.
 
   Args:
     weights: the stage's loss section.
     pred, target: (B, S, S, 3) float32 in [−1, 1].
+    lpips: (pred, target) → (B,) distances; needed where it has a weight.
   """
   metrics = {
     "loss_l1": losses.l1_loss(pred, target),
@@ -105,6 +113,9 @@ def pixel_loss(
     value = losses.multiscale_gradient_loss(pred, target)
     metrics["loss_perceptual"] = value
     total += weights.perceptual * value
+  if weights.lpips:
+    metrics["loss_lpips"] = jnp.mean(lpips(pred, target))
+    total += weights.lpips * metrics["loss_lpips"]
   return total, metrics
 
 
@@ -138,6 +149,7 @@ class AutoencoderTask:
     workdir: folder of the experiment.
     encoder: E, where it is not to be loaded by its name in the config; it may
       be abstract (`pretrained.encoder.abstract_encoder`), for tracing alone.
+    perceptual: the network of LPIPS, likewise (`perceptual.abstract`).
   """
 
   def __init__(
@@ -146,6 +158,7 @@ class AutoencoderTask:
     config: Config,
     workdir: Path,
     encoder: Encoder | None = None,
+    perceptual: PerceptualNetwork | None = None,
   ) -> None:
     self.name = stage
     self.config = config
@@ -183,6 +196,10 @@ class AutoencoderTask:
       name: TrainedModule(optim, multiplier.get(name, 1.0))
       for name in self.route.trains
     }
+    self.perceptual = None
+    if self.section.loss.lpips:
+      self.perceptual = perceptual or perceptual_lib.load(config)
+      self.frozen[PERCEPTUAL] = self.perceptual.params
     self._adversary = None
     if self.section.loss.gan:
       dino = None
@@ -247,6 +264,19 @@ class AutoencoderTask:
     metrics["loss_kl"] = losses.kl_loss(out.posterior, weights.kl_reduction)
     terms["kl"] = weights.kl * metrics["loss_kl"]
     return terms, metrics
+
+  def pixel_loss(
+    self, frozen: Params, pred: jax.Array, target: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """The function of this name, with this stage's weights and networks.
+
+    No gradient reaches the frozen networks.
+    """
+    lpips = None
+    if self.perceptual is not None:
+      params = jax.lax.stop_gradient(frozen[PERCEPTUAL])
+      lpips = functools.partial(self.perceptual.distance, params)
+    return pixel_loss(self.section.loss, pred, target, lpips)
 
   def gradients(
     self, state: TrainState, frozen: Params, batch: Batch, rng: jax.Array
@@ -313,7 +343,7 @@ class AutoencoderTask:
       outputs, trained, has_aux=True
     )
     (pixel, pixel_metrics), pixel_grad = jax.value_and_grad(
-      lambda x: pixel_loss(self.section.loss, x, real), has_aux=True
+      lambda x: self.pixel_loss(frozen, x, real), has_aux=True
     )(fake)
     metrics = {**metrics, **pixel_metrics}
     verdict = None

@@ -30,6 +30,7 @@ def make_task(
 ):
   raw = tiny.adversarial_config(encoder_folder, decoder=decoder, kind=kind)
   raw.compute.dtype = dtype
+  raw.perceptual = dict(weights="random:alex", network="alex")
   raw[stage].loss.update(loss)
   raw[stage].train.update(accumulate=accumulate)
   for name in ("optim", "discriminator_optim"):
@@ -140,8 +141,38 @@ def _judge(p, images):
   return _conv(p["conv_out"], x)
 
 
+def _lpips(p, images, references):
+  """Mean LPIPS with AlexNet, as the `lpips` package computes it."""
+  import torch
+  from torch.nn import functional
+
+  def activations(x):
+    shift = torch.tensor([-0.030, -0.088, -0.188])
+    scale = torch.tensor([0.458, 0.448, 0.450])
+    x = ((x - shift) / scale).permute(0, 3, 1, 2)
+    for i, (pool, stride, padding) in enumerate(
+      ((False, 4, 2), (True, 1, 2), (True, 1, 1), (False, 1, 1), (False, 1, 1))
+    ):
+      x = functional.max_pool2d(x, 3, 2) if pool else x
+      conv = p[f"stage{i}"]["conv0"]
+      kernel = conv["kernel"].permute(3, 2, 0, 1)
+      x = functional.conv2d(x, kernel, conv["bias"], stride, padding).relu()
+      yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+  total = 0.0
+  pairs = zip(activations(images), activations(references), strict=True)
+  for i, (x, y) in enumerate(pairs):
+    head = p[f"head{i}"][:, None, None]
+    total = total + ((x - y).square() * head).sum(1).mean()
+  return total
+
+
 def _torch_step(params, z, images, loss, felt, started):
-  """Losses, λ and the gradients of both modules, by autograd."""
+  """Losses, λ and the gradients of both modules, by autograd.
+
+  As LDM's: λ compares the adversary with all else there is of the pixel loss,
+  LPIPS included.
+  """
   import torch
 
   real = torch.tensor(images.astype(np.float32) / 127.5 - 1.0)
@@ -149,6 +180,8 @@ def _torch_step(params, z, images, loss, felt, started):
   fake = _decode(decoder, torch.tensor(z), 4)
   rest = loss.l1 * (fake - real).abs().mean()
   rest = rest + loss.mse * (fake - real).square().mean()
+  distance = _lpips(params["perceptual"], fake, real)
+  rest = rest + loss.lpips * distance
   generator = -_judge(critic, fake).mean()
   last = decoder["conv_out"]["kernel"]
   of_rest, of_gan = (
@@ -166,6 +199,7 @@ def _torch_step(params, z, images, loss, felt, started):
   if started:
     hinge.backward(inputs=jax.tree.leaves(critic))
   return {
+    "loss_lpips": distance.item(),
     "gan_weight": weight,
     "loss_generator": generator.item() * started,
     "loss_discriminator": hinge.item() * started,
@@ -192,11 +226,12 @@ def test_two_optimizer_step_equals_torch(encoder_folder):
   third on.
   """
   pytest.importorskip("torch")
-  loss = dict(gan=0.7, gan_start=1, gan_warmup=1)
+  loss = dict(gan=0.7, gan_start=1, gan_warmup=1, lpips=0.3)
   task = make_task(encoder_folder, "svae", decoder="conv", **loss)
   states, metrics = run(task)
   modules = ("pixel_decoder", "discriminator")
   params = _torch_tree({k: states[0].params[k] for k in modules})
+  params["perceptual"] = _torch_tree(task.frozen["perceptual"])
   section = task.section
   optimizers = {
     "pixel_decoder": _adam(section.optim, params["pixel_decoder"]),
@@ -317,7 +352,9 @@ def test_accumulation_equals_the_big_batch(encoder_folder):
   """
 
   def gradients(accumulate):
-    task = make_task(encoder_folder, "psvae", accumulate, kind="dino", gan=0.5)
+    task = make_task(
+      encoder_folder, "psvae", accumulate, kind="dino", gan=0.5, lpips=0.3
+    )
     state, frozen, _ = start(task)
     batch = tiny.batch(8, task.image_size)
     grads, model_state, metrics = jax.jit(task.gradients)(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tiny
 
+from psvae_jax.config import ConfigError
 from psvae_jax.config import parser as config_parser
 from psvae_jax.models.autoencoder import MODULES
 from psvae_jax.optim import make_optimizer
-from psvae_jax.tasks import autoencoder, routes
+from psvae_jax.tasks import autoencoder, perceptual, routes
 from psvae_jax.tasks.autoencoder import AutoencoderTask
 from psvae_jax.tasks.routes import ROUTES
 from psvae_jax.train import make_train_step
@@ -22,8 +23,10 @@ def encoder_folder(tmp_path_factory):
   return tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
 
 
-def make_task(encoder_folder, stage, **loss):
+def make_task(encoder_folder, stage, remat=False, **loss):
   raw = tiny.config(encoder_folder)
+  raw.perceptual = dict(weights="random:alex", network="alex")
+  raw.compute.remat = remat
   raw[stage].loss.update(loss)
   return AutoencoderTask(stage, config_parser.parse(raw), encoder_folder)
 
@@ -42,8 +45,11 @@ def loss_terms(task, params, frozen):
     task.model, task.route, params, frozen, tiny.batch()["image"], noise
   )
   weights = task.section.loss
-  pixel, _ = autoencoder.pixel_loss(weights, out.reconstruction, out.image)
-  return {**task.latent_terms(out)[0], "pixel": weights.pixel * pixel}
+  pixel, metrics = task.pixel_loss(frozen, out.reconstruction, out.image)
+  terms = {**task.latent_terms(out)[0], "pixel": weights.pixel * pixel}
+  if weights.lpips:
+    terms["lpips"] = weights.pixel * weights.lpips * metrics["loss_lpips"]
+  return terms
 
 
 def new_state(task, params=None):
@@ -58,11 +64,11 @@ def is_zero(tree):
 
 @pytest.mark.parametrize("stage", sorted(ROUTES))
 def test_gradients_follow_the_table(encoder_folder, stage):
-  task = make_task(encoder_folder, stage)
+  task = make_task(encoder_folder, stage, lpips=0.5)
   route = task.route
   params = all_params(task)
   # Where E does not train it is the teacher: differentiate that one.
-  frozen = {"teacher": params["encoder"]}
+  frozen = {**task.frozen, "teacher": params["encoder"]}
   if "encoder" in route.trains:
     frozen = task.frozen
 
@@ -71,30 +77,76 @@ def test_gradients_follow_the_table(encoder_folder, stage):
     def terms(params):
       teacher = frozen
       if "encoder" not in route.trains:
-        teacher = {"teacher": params["encoder"]}
+        teacher = {**frozen, "teacher": params["encoder"]}
       return loss_terms(task, params, teacher)
 
     return jax.jacrev(terms)(params)
 
   jacobian = gradients(params, frozen)
-  expected = {k for k, reach in route.losses.items() if reach}
+  # LPIPS goes where the pixel loss goes: in stage 2 to E, in stage 1 not.
+  reaches = {**route.losses, "lpips": route.pixel}
+  expected = {k for k, reach in reaches.items() if reach}
   assert set(jacobian) == expected
   for loss, grads in jacobian.items():
     for module in MODULES:
-      reached = module in route.losses[loss]
+      reached = module in reaches[loss]
       assert is_zero(grads[module]) != reached, (loss, module)
       if reached:
         chex.assert_tree_all_finite(grads[module])
 
 
-def test_teacher_gets_no_gradient(encoder_folder):
-  task = make_task(encoder_folder, "psvae")
+def test_frozen_networks_get_no_gradient(encoder_folder):
+  task = make_task(encoder_folder, "psvae", lpips=0.5)
   params = all_params(task)
 
   def loss(frozen):
     return sum(loss_terms(task, params, frozen).values())
 
-  assert is_zero(jax.jit(jax.grad(loss))(task.frozen))
+  grads = jax.jit(jax.grad(loss))(task.frozen)
+  assert set(grads) == {"teacher", "perceptual"}
+  assert is_zero(grads)
+
+
+def test_lpips_is_frozen_and_no_part_of_the_model(encoder_folder):
+  """An argument of the step, without optimizer, average or fingerprint."""
+  task = make_task(encoder_folder, "psvae", lpips=0.5)
+  plain = make_task(encoder_folder, "psvae")
+  assert "perceptual" in task.frozen and "perceptual" not in plain.frozen
+  assert task.fingerprint == plain.fingerprint
+  assert set(task.modules) == set(plain.modules)
+  state = jax.eval_shape(lambda: new_state(task)[0])
+  step = make_train_step(task, make_optimizer(task.modules, 10), 0.9)
+  arguments = state, task.frozen, tiny.batch(), jax.random.key(0)
+  program = jax.make_jaxpr(step)(*arguments)
+  largest = max((np.size(const) for const in program.consts), default=0)
+  assert largest < 2e4  # its smallest kernel has 23 232 numbers
+  metrics = jax.eval_shape(step, *arguments)[1]
+  assert "train/loss_lpips" in metrics
+  assert "train/loss_perceptual" not in metrics
+
+
+def test_lpips_computes_wide(encoder_folder):
+  for dtype, wanted in (("bfloat16", "float32"), ("float64", "float64")):
+    raw = tiny.config(encoder_folder)
+    raw.perceptual = dict(weights="random:alex", network="alex")
+    raw.compute.dtype = dtype
+    config = config_parser.parse(raw)
+    assert perceptual.load(config).module.dtype == wanted
+    abstract = perceptual.abstract(config)
+    assert abstract.module == perceptual.load(config).module
+    shapes = jax.tree.map(lambda x: x.shape, perceptual.load(config).params)
+    assert jax.tree.map(lambda x: x.shape, abstract.params) == shapes
+
+
+def test_missing_lpips_says_how_to_make_it(encoder_folder, tmp_path):
+  raw = tiny.config(encoder_folder)
+  raw.psvae.loss.lpips = 1.0
+  for weights, kind in (("", ConfigError), ("nowhere", FileNotFoundError)):
+    raw.perceptual = dict(weights=weights and str(tmp_path / weights))
+    with pytest.raises(kind, match="psvae_jax.convert vgg16") as error:
+      AutoencoderTask("psvae", config_parser.parse(raw), tmp_path)
+    assert "random:vgg" in str(error.value) and "\n" not in str(error.value)
+  AutoencoderTask("svae", config_parser.parse(raw), tmp_path)  # has none
 
 
 def test_every_parameter_of_a_trained_module_moves(encoder_folder):
@@ -136,8 +188,8 @@ def test_stage_2_update_does_not_ignore_the_pixel_loss(encoder_folder):
       chex.assert_trees_all_equal(*(s.params[module] for s in states))
 
 
-def test_teacher_is_unchanged_by_ten_steps(encoder_folder):
-  task = make_task(encoder_folder, "psvae")
+def test_frozen_networks_are_unchanged_by_ten_steps(encoder_folder):
+  task = make_task(encoder_folder, "psvae", lpips=0.5, remat=True)
   before = jax.tree.map(np.array, task.frozen)
   state, tx = new_state(task)
   step = jax.jit(make_train_step(task, tx, 0.9), donate_argnums=0)

@@ -1,0 +1,178 @@
+"""The same figures by the packages that a network's weights were published for.
+
+torch, transformers and diffusers are no requirement of this package; here, and
+only here, they are run beside it, where they are installed.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from psvae_jax.evaluators.image_metrics import to_uint8
+from psvae_jax.pretrained import files
+from psvae_jax.pretrained.encoder import save_encoder
+from psvae_jax.verification import RANDOM, TEXTS, TOKENS, Subject
+
+
+def run(subject: Subject) -> dict[str, np.ndarray]:
+  """The outputs of the same network by the package it comes from.
+
+  Args:
+    subject: what `verification.load` returned.
+
+  Returns:
+    Output's name → array, of those outputs that the package has too.
+
+  Raises:
+    ValueError: no such package is known for this kind of network, or it is not
+      installed, or the package itself refuses the files.
+  """
+  if subject.kind not in _REFERENCES:
+    raise ValueError(
+      f"--reference knows no other program for {subject.kind!r}, only for "
+      f"{', '.join(_REFERENCES)}; compare with --against=FILE"
+    )
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise ValueError(
+      f"--reference needs torch and transformers ({error}): pip install torch "
+      "transformers"
+    ) from error
+  transformers.logging.set_verbosity_error()
+  with torch.no_grad():
+    return _REFERENCES[subject.kind](subject)
+
+
+@contextlib.contextmanager
+def _folder(subject: Subject) -> Iterator[str]:
+  """Where the reference finds the weights; random ones are written first."""
+  if not subject.name.startswith(RANDOM):
+    yield subject.name
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    encoder = subject.network
+    save_encoder(
+      folder,
+      encoder.module.config,
+      encoder.params,
+      encoder.mean,
+      encoder.std,
+    )
+    yield folder
+
+
+def _pixels(subject: Subject, mean: Any, std: Any) -> Any:
+  """The pictures as torch models take them: (N, 3, S, S) float32."""
+  import torch
+
+  unit = subject.inputs.pictures.astype(np.float64) / 255.0
+  pixels = (unit - np.array(mean)) / np.array(std)
+  return torch.from_numpy(pixels.astype(np.float32)).permute(0, 3, 1, 2)
+
+
+def _encoder(subject: Subject) -> dict[str, np.ndarray]:
+  import torch
+  import transformers
+
+  encoder = subject.network
+  pixels = _pixels(subject, encoder.mean, encoder.std)
+  with _folder(subject) as folder:
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+  model = getattr(model, "vision_model", model)
+  options = {}
+  height, width = (side // encoder.patch_size for side in pixels.shape[-2:])
+  if model.config.model_type == "vit_mae":
+    # All patches, in their own order.
+    model.config.mask_ratio = 0.0
+    order = torch.arange(height * width, dtype=torch.float32)
+    options["noise"] = order.expand(len(pixels), -1)
+  elif (height, width) != (encoder.module.config.grid,) * 2:
+    parameters = type(model).forward.__code__.co_varnames
+    if "interpolate_pos_encoding" in parameters:
+      options["interpolate_pos_encoding"] = True
+  tokens = model(pixels, **options).last_hidden_state
+  # Patches come last, after CLS and registers where there are any.
+  tokens = tokens[:, -height * width :]
+  norm = getattr(model, "post_layernorm", None)
+  if model.config.model_type == "clip_vision_model" and norm is not None:
+    tokens = norm(tokens)  # transformers norms the pooled token alone
+  shape = len(pixels), height, width, -1
+  return {"features": tokens.reshape(shape).numpy()}
+
+
+def _text(subject: Subject) -> dict[str, np.ndarray]:
+  import transformers
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(subject.name)
+  model = transformers.T5EncoderModel.from_pretrained(subject.name).eval()
+  given = tokenizer(
+    list(TEXTS),
+    padding="max_length",
+    truncation=True,
+    max_length=TOKENS,
+    return_tensors="pt",
+  )
+  features = model(
+    input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+  ).last_hidden_state.numpy()
+  masks = given["attention_mask"].numpy().astype(bool)
+  return {
+    f"features of {text!r}": one[seen]
+    for text, one, seen in zip(TEXTS, features, masks, strict=True)
+  }
+
+
+def _clip(subject: Subject) -> dict[str, np.ndarray]:
+  import transformers
+
+  if subject.name.startswith(RANDOM):
+    raise ValueError("--reference needs a folder or an id of CLIP")
+  model = transformers.CLIPModel.from_pretrained(subject.name).eval()
+  processor = transformers.AutoProcessor.from_pretrained(subject.name)
+  constants = processor.image_processor
+  pixels = _pixels(subject, constants.image_mean, constants.image_std)
+  texts = processor.tokenizer(
+    list(subject.inputs.texts), padding=True, return_tensors="pt"
+  )
+  out = model(pixel_values=pixels, **texts)
+  return {
+    "image_embeds": out.image_embeds.numpy(),
+    "text_embeds": out.text_embeds.numpy(),
+  }
+
+
+def _autoencoder(subject: Subject) -> dict[str, np.ndarray]:
+  folder = None
+  if not subject.name.startswith(RANDOM):
+    folder = files.resolve_folder(subject.name, ("*.json", "*.safetensors"))
+  kind = folder and files.read_config(folder).get("_class_name")
+  if kind != "AutoencoderKL":
+    raise ValueError(
+      f"--reference runs diffusers' AutoencoderKL alone; {subject.name} is none"
+    )
+  try:
+    import diffusers
+  except ImportError as error:
+    raise ValueError(
+      f"--reference needs diffusers ({error}): pip install diffusers"
+    ) from error
+  model = diffusers.AutoencoderKL.from_pretrained(folder).eval()
+  z = model.encode(_pixels(subject, 0.5, 0.5)).latent_dist.mean
+  images = model.decode(z).sample.permute(0, 2, 3, 1).numpy()
+  return {
+    "latents": z.permute(0, 2, 3, 1).numpy(),
+    "reconstructions": np.asarray(to_uint8(images)),
+  }
+
+
+_REFERENCES: dict[str, Callable[[Subject], dict[str, np.ndarray]]] = {
+  "encoder": _encoder,
+  "text": _text,
+  "clip": _clip,
+  "autoencoder": _autoencoder,
+}
