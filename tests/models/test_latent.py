@@ -17,6 +17,30 @@ def test_moments_are_mean_then_log_variance_and_clamped():
   np.testing.assert_array_equal(posterior.mode(), posterior.mean)
 
 
+def test_posterior_equals_diffusers():
+  """Beyond the clamps too: a log-variance of deviation 20."""
+  torch = pytest.importorskip("torch")
+  vae = pytest.importorskip("diffusers.models.autoencoders.vae")
+  rng = np.random.default_rng(0)
+  moments = 20 * rng.standard_normal((2, 3, 4, 10), np.float32)
+  noise = rng.standard_normal((2, 3, 4, 5), np.float32)
+  theirs = vae.DiagonalGaussianDistribution(
+    torch.from_numpy(moments.transpose(0, 3, 1, 2).copy())
+  )
+  draw = theirs.mean + theirs.std * torch.from_numpy(
+    noise.transpose(0, 3, 1, 2).copy()
+  )
+  ours = DiagonalGaussian.from_moments(jnp.asarray(moments))
+  for found, expected in (
+    (ours.mean, theirs.mean),
+    (ours.logvar, theirs.logvar),
+    (ours.mode(), theirs.mode()),
+    (ours.at(noise), draw),
+  ):
+    expected = expected.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_odd_channel_count_is_an_error():
   with pytest.raises(ValueError, match=r"\(2, 3\)"):
     DiagonalGaussian.from_moments(jnp.zeros((2, 3)))
