@@ -215,3 +215,20 @@ def test_last_blocks_name_what_does_not_fit():
   ragged = {**stack, "extra": jnp.zeros((2, 3))}
   with pytest.raises(ValueError, match=r"leading sizes \[2, 4\]"):
     last_blocks(ragged, 1)
+
+
+def test_rotary_blocks_turn_by_place():
+  """Blocks of a DINOv3 stand on the grid of its tokens, without a prefix."""
+  block = dataclasses.replace(BLOCK, rotary_base=100.0)
+  module = SemanticEncoder(block=block, channels=CHANNELS, mlp_hidden=20)
+  params, x = _build(module, (1, 2, 3, 16))
+  got = _apply(module, params, x).mean
+  plain = _apply(_encoder(), params, x).mean
+  assert np.abs(got - plain).max() > 1e-3
+  # Tokens of another shape of grid stand elsewhere.
+  other = _apply(module, params, x.reshape(1, 3, 2, 16)).mean
+  assert np.abs(got - other.reshape(got.shape)).max() > 1e-3
+  decoder = SemanticDecoder(block=block, mlp_hidden=20)
+  params, z = _build(decoder, (1, 2, 3, CHANNELS))
+  f = _apply(decoder, params, z)
+  assert np.abs(f - _apply(_decoder(), params, z)).max() > 1e-3

@@ -188,3 +188,115 @@ def test_bad_taps_are_an_error(taps):
   images = jnp.zeros((1, 16, 16, 3))
   with pytest.raises(ValueError, match="must ascend within 2 blocks"):
     vit.ViT(CONFIG, taps=taps).init(jax.random.key(0), images)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"positions": "polar"}, "'polar'; known: learned, fixed, rotary"),
+    ({"positions": "rotary", "num_heads": 8}, "multiple of 4, not 2"),
+    ({"positions": "rotary", "rotary_base": 1.0}, r"rotary_base 1\.0"),
+    ({"positions": "fixed", "width": 18}, "multiple of 4, not 18"),
+    ({"mlp_hidden": 0}, "MLP hidden width 0"),
+  ],
+)
+def test_bad_positions_and_widths_are_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **change)
+
+
+def test_mlp_hidden_is_taken_as_it_is():
+  gated = dataclasses.replace(CONFIG, swiglu=True, mlp_hidden=23)
+  assert gated.block.mlp_hidden == 23
+  assert dataclasses.replace(gated, mlp_hidden=None).block.mlp_hidden == 24
+
+
+def test_cls_is_the_normed_first_token():
+  images = random_images((2, 16, 24, 3))
+  cls = vit.ViT(CONFIG, output="cls")
+  params = random_params(cls)
+  got = jax.jit(cls.apply)({"params": params}, images)
+  assert got.shape == (2, 16) and got.dtype == jnp.float32
+  patches = jax.jit(vit.ViT(CONFIG).apply)({"params": params}, images)
+  apart = np.abs(np.asarray(patches) - got[:, None, None]).max(axis=-1)
+  assert apart.min() > 1e-3  # one set of parameters, another token
+  free = vit.ViT(CONFIG, final_norm="affine_free", output="cls")
+  kept = {name: leaf for name, leaf in params.items() if name != "norm"}
+  normed = jax.jit(free.apply)({"params": kept}, images)
+  gain = params["norm"]["norm"]
+  np.testing.assert_allclose(
+    got, normed * gain["scale"] + gain["bias"], atol=1e-5
+  )
+
+
+def test_output_that_is_not_there_is_an_error():
+  key, images = jax.random.key(0), jnp.zeros((1, 16, 16, 3))
+  without = dataclasses.replace(CONFIG, num_registers=0, cls_token=False)
+  with pytest.raises(ValueError, match="wants a CLS token"):
+    vit.ViT(without, output="cls").init(key, images)
+  with pytest.raises(ValueError, match="'pooled'"):
+    vit.ViT(CONFIG, output="pooled").init(key, images)
+
+
+def test_parameters_follow_the_config():
+  def names(**change):
+    module = vit.ViT(dataclasses.replace(CONFIG, **change))
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+
+  assert "pos_embed" not in names(positions="rotary")
+  assert names(positions="fixed")["pos_embed"].shape == (1, 17, 16)
+  plain = names(cls_token=False, num_registers=0)
+  assert plain["pos_embed"].shape == (1, 16, 16)
+  assert not {"cls_token", "register_tokens"} & set(plain)
+  assert "pre_norm" in names(pre_norm=True)
+  assert set(names(patch_bias=False)["patch_embed"]) == {"kernel"}
+  attention = names(key_bias=False)["blocks"]["block"]["attention"]
+  assert set(attention["key"]) == {"kernel"}
+  assert set(attention["value"]) == {"kernel", "bias"}
+
+
+def test_pixels_past_the_last_patch_of_the_native_size_are_not_seen():
+  """As by a convolution; any other size that does not fit is an error."""
+  config = dataclasses.replace(CONFIG, image_size=18)
+  module = vit.ViT(config)
+  images = random_images((1, 18, 18, 3))
+  shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+  assert shapes["pos_embed"].shape == (1, 17, 16)
+  params = random_params(module)
+  apply = jax.jit(module.apply)
+  got = apply({"params": params}, images)
+  assert got.shape == (1, 4, 4, 16)
+  want = apply({"params": params}, images[:, :16, :16])
+  np.testing.assert_array_equal(got, want)
+  with pytest.raises(ValueError, match="17x18 .* patch size 4"):
+    module.init(jax.random.key(0), jnp.zeros((1, 17, 18, 3)))
+
+
+def test_fixed_positions_get_no_gradient():
+  module = vit.ViT(dataclasses.replace(CONFIG, positions="fixed"))
+  images = random_images((1, 16, 24, 3))
+  params = random_params(module)
+
+  def loss(params):
+    return jnp.mean(jnp.sin(module.apply({"params": params}, images)))
+
+  gradient = jax.jit(jax.grad(loss))(params)
+  assert not np.any(gradient.pop("pos_embed"))
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_rotary_tokens_know_their_place():
+  """Equal patches on a grid give features that differ by place alone."""
+  config = dataclasses.replace(CONFIG, positions="rotary")
+  module = vit.ViT(config)
+  params = random_params(module)
+  patch = random_images((1, 4, 4, 3))
+  images = np.tile(patch, (1, 4, 4, 1))
+  images[:, :4, :4] += 1.0  # attention that is not uniform
+  got = np.asarray(jax.jit(module.apply)({"params": params}, images))[0]
+  assert np.abs(got[1, 1] - got[1, 2]).max() > 1e-3
+  assert np.abs(got[1, 2] - got[2, 1]).max() > 1e-3
+  remat = vit.ViT(config, remat=True, unroll=2)
+  again = jax.jit(remat.apply)({"params": params}, images)[0]
+  np.testing.assert_allclose(again, got, atol=1e-5)

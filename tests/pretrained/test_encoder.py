@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from psvae_jax.models import vit
-from psvae_jax.pretrained import dinov2, files
+from psvae_jax.pretrained import architectures, dinov2, files
 from psvae_jax.pretrained import encoder as encoder_lib
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -276,7 +276,7 @@ def test_mask_token_may_be_absent_but_not_misshaped(folder):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"model_type": "siglip"}, "siglip.*dinov2, dinov2_with_registers"),
+    ({"model_type": "vit"}, "'vit'.*dinov2, dinov2_with_registers"),
     ({"model_type": None}, "None"),
     ({"hidden_size": "16"}, "hidden_size is '16'"),
     ({"hidden_size": 10**9}, "1000000000"),
@@ -496,8 +496,9 @@ def test_abstract_encoder_of_a_folder_needs_no_tensors(folder):
 @pytest.fixture(name="published")
 def _published(monkeypatch):
   """One small published architecture."""
-  monkeypatch.setattr(dinov2, "PUBLISHED", {"facebook/dinov2-test": CONFIG})
-  return "facebook/dinov2-test"
+  name = "facebook/dinov2-test"
+  monkeypatch.setitem(architectures.PUBLISHED, name, CONFIG)
+  return name
 
 
 def test_random_encoder_is_seeded_and_scaled(published):
