@@ -97,8 +97,8 @@ class InceptionScore:
     mean = self._probabilities / counts
     # A class that never has any probability adds nothing: 0 · log 0 = 0.
     log_mean = np.log(np.where(mean > 0, mean, 1.0))
-    divergence = (
-      self._negative_entropy / self._counts - np.sum(mean * log_mean, axis=1)
+    divergence = self._negative_entropy / self._counts - np.sum(
+      mean * log_mean, axis=1
     )
     scores = np.exp(divergence)
     return float(scores.mean()), float(scores.std())

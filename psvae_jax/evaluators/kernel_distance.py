@@ -75,9 +75,7 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
   return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
-def _draw(
-  rows: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def _draw(rows: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
   return rows[rng.choice(len(rows), size, replace=False)].astype(np.float64)
 
 

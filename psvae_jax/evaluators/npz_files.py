@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -73,13 +73,12 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
     NpzError: it is damaged, or holds Python objects.
   """
   path = Path(path)
+  found = {}
   with open_archive(path) as archive:
-    return {
-      name.removesuffix(".npy"): read_array(
-        path, archive, name.removesuffix(".npy"), archive.getinfo(name).file_size
-      )
-      for name in archive.namelist()
-    }
+    for info in archive.infolist():
+      name = info.filename.removesuffix(".npy")
+      found[name] = read_array(path, archive, name, info.file_size)
+  return found
 
 
 class Header:
@@ -265,3 +264,12 @@ def _list_members(archive: zipfile.ZipFile) -> str:
   return ", ".join(names[:20]) or "no arrays"
 
 
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+  """Where a stored member begins in the file (APPNOTE.TXT 4.3.7)."""
+  with open(path, "rb") as file:
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER)
+  if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
+    raise NpzError(f"{path} is damaged: {info.filename} has no header")
+  name, extra = struct.unpack("<HH", header[26:30])
+  return info.header_offset + _LOCAL_HEADER + name + extra

@@ -1,6 +1,6 @@
 """Reference statistics and images as .npz, the way ADM publishes them.
 
-    mu, sigma        mean (D,) and covariance (D, D) of Inception's pool features
+    mu, sigma        mean (D,), covariance (D, D) of Inception's pool features
     mu_s, sigma_s    the same of its spatial features, for sFID
     arr_0            uint8 (N, H, W, 3) images; arr_1 (N,) their labels
     mu_NAME, sigma_NAME, count, protocol    ours beside them
@@ -99,9 +99,7 @@ class ReferenceFile:
       NpzError: there are none.
     """
     if self._image_header is None:
-      raise NpzError(
-        f"{self.path} holds statistics only, no images ({IMAGES})"
-      )
+      raise NpzError(f"{self.path} holds statistics only, no images ({IMAGES})")
     return NpzImages(self.path)
 
   def labels(self) -> np.ndarray | None:
@@ -326,5 +324,3 @@ def _read_protocol(
   if not isinstance(value, dict):
     raise NpzError(f"{path}: protocol does not hold a JSON object")
   return value
-
-

@@ -112,3 +112,53 @@ def test_what_is_not_finite_is_nan_and_too_few_is_an_error():
     _of(x).update(np.zeros((2, 5)))
   with pytest.raises(ValueError, match="must be"):
     _of(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+  "counts, width", [((700, 900), 96), ((40, 900), 96), ((30, 50), 96)]
+)
+def test_equals_pytorch_fid_for_given_statistics(counts, width):
+  pytest.importorskip("torchvision_ops")
+  fid_score = pytest.importorskip("pytorch_fid.fid_score")
+  x, y = _features(3, counts[0], width), _features(4, counts[1], width)
+  ours = [_of(features) for features in (x, y)]
+  statistics = [(m.mean, m.covariance) for m in ours]
+  want = fid_score.calculate_frechet_distance(*statistics[0], *statistics[1])
+  got = frechet_distance(*statistics[0], *statistics[1])
+  assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_any_split_over_batches_and_hosts_gives_the_same():
+  x = _features(5, 500, 16) + 300
+  whole = _of(x)
+  rng = np.random.default_rng(6)
+  for _ in range(5):
+    order, hosts = rng.permutation(500), [FeatureMoments() for _ in range(4)]
+    cuts = np.sort(rng.choice(499, 20, replace=False) + 1)
+    for part in np.split(order, cuts):
+      hosts[rng.integers(4)].update(x[part])
+    total = FeatureMoments()
+    for host in hosts:
+      total.merge(host)
+    for name in ("mean", "covariance"):
+      got, want = getattr(total, name), getattr(whole, name)
+      assert np.abs(got - want).max() <= 1e-12 * np.abs(want).max()
+
+
+def test_what_is_saved_goes_on_with_the_same_bits():
+  x = _features(0, 90, 5)
+  straight = _of(x[:50]).update(x[50:])
+  saved = _of(x[:50]).to_arrays()
+  resumed = FeatureMoments.from_arrays(saved).update(x[50:])
+  assert resumed.count == straight.count
+  np.testing.assert_array_equal(resumed.mean, straight.mean)
+  np.testing.assert_array_equal(resumed.covariance, straight.covariance)
+  empty = FeatureMoments.from_arrays(FeatureMoments().to_arrays())
+  assert empty.count == 0
+  assert straight.over_hosts().count == 90
+
+
+def test_other_dimensions_are_an_error():
+  x, y = _of(_features(0, 9, 4)), _of(_features(0, 9, 5))
+  with pytest.raises(ValueError, match=r"got \(4,\) and \(4, 4\) against \(5,"):
+    distance_between(x, y)

@@ -56,3 +56,31 @@ def test_bad_input():
   with pytest.raises(ValueError, match="kernel distance takes"):
     kernel_distance(X[:, :4], Y)
   assert np.isnan(kernel_distance(X * np.nan, Y)).all()
+
+
+def test_equals_torch_fidelity_and_torchmetrics():
+  """One subset of all examples: nothing depends on a seed."""
+  pytest.importorskip("torchvision_ops")
+  torch = pytest.importorskip("torch")
+  fidelity = pytest.importorskip("torch_fidelity.metric_kid")
+  metrics = pytest.importorskip("torchmetrics.image.kid")
+  rng = np.random.default_rng(3)
+  x = np.abs(rng.normal(size=(60, 32)))
+  y = np.abs(rng.normal(size=(60, 32)) + 0.3)
+  got, spread = kernel_distance(x, y, num_subsets=3, subset_size=60)
+  pair = torch.from_numpy(x), torch.from_numpy(y)
+  want = fidelity.kid_features_to_metric(
+    *pair, kid_subsets=1, kid_subset_size=60, verbose=False
+  )[fidelity.KEY_METRIC_KID_MEAN]
+  assert got == pytest.approx(want, rel=1e-9)
+  assert got == pytest.approx(float(metrics.poly_mmd(*pair)), rel=1e-9)
+  assert spread < 1e-12
+
+
+def test_memory_mapped_features_stay_on_disk(tmp_path):
+  path = tmp_path / "x.npy"
+  np.save(path, X.astype(np.float32))
+  mapped = np.load(path, mmap_mode="r")
+  assert kernel_distance(mapped, Y, subset_size=4) == kernel_distance(
+    X.astype(np.float32), Y, subset_size=4
+  )
