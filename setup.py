@@ -38,18 +38,24 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
   "demo": ["gradio>=6"],
+  # Published .pth files are read once, by `python -m psvae_jax.convert`.
+  "convert": ["torch"],
   "test": [
     "diffusers",
     "hypothesis",
+    "lpips",
     "pytest",
     "pytest-xdist",
+    "pytorch-fid",
     "ruff",
     "setuptools",
     # Only the parity tests use torch, and they skip without it. The exact
     # version keeps a ready CPU build (2.13.0+cpu) from being replaced by the
     # CUDA build of a newer release.
     "torch==2.13.0",
+    "torch-fidelity",
     "torchmetrics",
+    "torchvision==0.28.0",  # the one that is built for that torch
   ],
 }
 
