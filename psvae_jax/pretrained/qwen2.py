@@ -269,7 +269,9 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> qwen2.Qwen2Config:
     )
 
   read = Fields(raw, path)
-  heads = read.get("num_attention_heads", int)
+  heads = key_heads = read.get("num_attention_heads", int)
+  if read.has("num_key_value_heads"):
+    key_heads = read.get("num_key_value_heads", int)
   # Defaults are those of transformers' Qwen2Config, for files that leave a
   # field out. Fields that say how big the model is have none.
   fields = {
@@ -278,7 +280,7 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> qwen2.Qwen2Config:
     "intermediate_size": read.get("intermediate_size", int),
     "num_hidden_layers": read.get("num_hidden_layers", int),
     "num_attention_heads": heads,
-    "num_key_value_heads": read.get("num_key_value_heads", int, heads),
+    "num_key_value_heads": key_heads,
     "rms_norm_eps": read.get("rms_norm_eps", float, 1e-6),
   }
   rope = _rope_parameters(raw, path)
