@@ -134,10 +134,7 @@ def _write_inception(folder, paths, options):
   path = paths["weights"]
   tensors = _read(path, options.get("container"))
   params = inception.from_published(tensors, source=str(path))
-  # Both publish the same tensors: the name is all that tells them apart.
-  ports = {"pt_inception": "pytorch-fid", "weights-inception": "torch-fidelity"}
-  named = (port for start, port in ports.items() if path.name.startswith(start))
-  port = next(named, path.name)
+  port = inception.port_of(path.name)
   inception.save_inception(folder, params, port, _sources(paths))
   return f"the FID network ({port})"
 

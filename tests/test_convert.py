@@ -3,7 +3,6 @@
 import hashlib
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -87,7 +86,7 @@ def test_an_existing_folder_is_never_replaced(published, tmp_path, capsys):
 
 def test_a_file_that_does_not_fit_writes_nothing(published, tmp_path):
   out = tmp_path / "out"
-  with pytest.raises(SystemExit, match="missing: features.10.weight"):
+  with pytest.raises(SystemExit, match="missing: features.12.bias"):
     command.main(arguments("vgg16", published, out))
   published["heads"].write_bytes(b"no pickle")
   with pytest.raises(SystemExit, match="alex.pth is truncated or no file of"):
@@ -98,23 +97,28 @@ def test_a_file_that_does_not_fit_writes_nothing(published, tmp_path):
   assert not list(tmp_path.glob("out*"))
 
 
+def test_inception_is_converted(tmp_path):
+  network = inception.load_inception("random:inception")
+  tensors = mapping.export_params(inception.rules(), network.params)
+  tensors["fc.bias"] = np.zeros(1008, np.float32)
+  path = save(tmp_path / "pt_inception-2015-12-05-6726825d.pth", tensors)
+  said = command.convert("inception", {"weights": path}, tmp_path / "out")
+  assert said == "the FID network (pytorch-fid)"
+  loaded = inception.load_inception(tmp_path / "out")
+  assert loaded.port == "pytorch-fid"
+  assert loaded.fingerprint == network.fingerprint
+
+
 @pytest.mark.parametrize(
   ("name", "port"),
   [
     ("pt_inception-2015-12-05-6726825d.pth", "pytorch-fid"),
     ("weights-inception-2015-12-05-6726825d.pth", "torch-fidelity"),
+    ("mine.pth", "mine.pth"),
   ],
 )
-def test_both_ports_of_inception_are_converted(tmp_path, name, port):
-  network = inception.load_inception("random:inception")
-  tensors = mapping.export_params(inception.rules(), network.params)
-  tensors["fc.bias"] = np.zeros(1008, np.float32)
-  path = save(tmp_path / name, tensors)
-  said = command.convert("inception", {"weights": path}, tmp_path / "out")
-  assert said == f"the FID network ({port})"
-  loaded = inception.load_inception(tmp_path / "out")
-  assert loaded.port == port
-  jax.tree.map(np.testing.assert_array_equal, loaded.params, network.params)
+def test_the_port_is_known_by_the_name_of_the_file(name, port):
+  assert inception.port_of(name) == port
 
 
 @pytest.mark.parametrize("kind", [None, *command.KINDS])

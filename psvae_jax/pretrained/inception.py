@@ -28,6 +28,8 @@ from psvae_jax.pretrained.untrained import RANDOM
 MODEL_TYPE = "fid_inception"
 GRAPH = "inception-2015-12-05"
 
+_PORTS = {"pt_inception": "pytorch-fid", "weights-inception": "torch-fidelity"}
+
 # Published name and layout of a unit's parameters.
 _UNIT = {
   "kernel": ("conv.weight", mapping.CONV),
@@ -191,6 +193,17 @@ def from_published(
     source=source,
     ignored={**unused, "fc.bias": None},
   )
+
+
+def port_of(file_name: str) -> str:
+  """Whose file it is: "pytorch-fid", "torch-fidelity", or its name.
+
+  Both publish the same tensors: the name is all that tells them apart.
+  """
+  for start, port in _PORTS.items():
+    if file_name.startswith(start):
+      return port
+  return file_name
 
 
 def save_inception(
