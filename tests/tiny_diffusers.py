@@ -3,6 +3,7 @@ references and as the folders that they save."""
 
 import numpy as np
 import pytest
+import torchvision_ops  # noqa: F401  before diffusers imports torchvision
 
 # Named after what they are small versions of.
 KL = {
@@ -22,7 +23,6 @@ KL = {
     up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
     layers_per_block=2,
     latent_channels=6,
-    norm_num_groups=16,
     sample_size=16,
     scaling_factor=1.0,
   ),

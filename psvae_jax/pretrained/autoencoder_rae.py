@@ -34,6 +34,7 @@ STEM = "diffusion_pytorch_model"
 # with an MLP of that one.
 _HEAD_WIDTH = 64
 _MLP_WIDTH = 3072
+_DEFAULT_ENCODER = "dinov2"
 
 _ENCODER, _DECODER = "encoder.", "decoder."
 _STATISTICS = ("latents_mean", "latents_std")
@@ -60,6 +61,25 @@ _ENCODERS: dict[str, Callable[..., vit.ViTConfig]] = {
     position_antialias=False,
     positions="fixed",
   ),
+}
+
+# transformers 5 names these parts of an encoder so in memory, and diffusers
+# writes them as they are; older versions wrote the published names.
+_ATTENTION = {
+  ".attention.q_proj.": ".attention.attention.query.",
+  ".attention.k_proj.": ".attention.attention.key.",
+  ".attention.v_proj.": ".attention.attention.value.",
+  ".attention.o_proj.": ".attention.output.dense.",
+}
+_RENAMED = {
+  "dinov2": _ATTENTION,
+  "siglip2": {},
+  "mae": {
+    **_ATTENTION,
+    "layers.": "encoder.layer.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+  },
 }
 
 
@@ -151,7 +171,7 @@ def parse_config(raw: Mapping[str, Any], path: pathlib.Path) -> RAEConfig:
   fields = Fields(raw, path)
   fields.expect(_class_name=CLASS_NAME, num_channels=3, reshape_to_2d=True)
   # Defaults are those of diffusers' class, which files may leave out.
-  kind = fields.get("encoder_type", str, "dinov2")
+  kind = fields.get("encoder_type", str, _DEFAULT_ENCODER)
   if kind not in _ENCODERS:
     raise ValueError(
       f"{path}: encoder_type {kind!r} is not supported; supported: "
@@ -214,7 +234,8 @@ def read_folder(
     ValueError: an unsupported architecture, or a malformed or ill-fitting
       file; the message names it.
   """
-  config = parse_config(files.read_config(folder), folder / "config.json")
+  raw = files.read_config(folder)
+  config = parse_config(raw, folder / "config.json")
   tensors = files.read_safetensors(folder, STEM)
   statistics = _latent_statistics(tensors, config, folder)
   # The file's come after config.json's, as in diffusers.
@@ -225,35 +246,27 @@ def read_folder(
   }
   config = dataclasses.replace(config, latent_norm=latent_norm, **pixels)
   shapes = param_shapes(config)
-  encoder = {
-    key.removeprefix(_ENCODER): tensor
-    for key, tensor in tensors.items()
-    if key.startswith(_ENCODER)
-  }
+  encoder = architectures.import_params(
+    config.encoder,
+    "affine_free",
+    _encoder_tensors(tensors, raw.get("encoder_type", _DEFAULT_ENCODER)),
+    shapes["encoder"],
+    f"the encoder of {folder}",
+  )
   read = (*_PIXELS.values(), *(f"_{name}" for name in _STATISTICS))
-  decoder = {
-    key: tensor
-    for key, tensor in tensors.items()
-    if not key.startswith(_ENCODER) and key not in read
-  }
-  params = {
-    "encoder": architectures.import_params(
-      config.encoder,
-      "affine_free",
-      encoder,
-      shapes["encoder"],
-      f"the encoder of {folder}",
-    ),
-    "decoder": mapping.import_params(
-      decoder_rules(),
-      decoder,
-      shapes["decoder"],
-      source=str(folder),
-      # A function of its size, which older files hold all the same.
-      ignored={f"{_DECODER}decoder_pos_embed": None},
-    ),
-  }
-  return config, {**params, **statistics}
+  decoder = mapping.import_params(
+    decoder_rules(),
+    {
+      key: tensor
+      for key, tensor in tensors.items()
+      if not key.startswith(_ENCODER) and key not in read
+    },
+    shapes["decoder"],
+    source=str(folder),
+    # A function of its size, which older files hold all the same.
+    ignored={f"{_DECODER}decoder_pos_embed": None},
+  )
+  return config, {"encoder": encoder, "decoder": decoder, **statistics}
 
 
 def random_params(config: RAEConfig) -> dict[str, Any]:
@@ -270,6 +283,22 @@ def param_shapes(config: RAEConfig) -> Any:
   module = RAE(config)
   shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
   return {name: shapes[name] for name in ("encoder", "decoder")}
+
+
+def _encoder_tensors(
+  tensors: Mapping[str, np.ndarray], kind: str
+) -> dict[str, np.ndarray]:
+  """The encoder's tensors among all, by the names it is published with."""
+  out = {}
+  for key, tensor in tensors.items():
+    if not key.startswith(_ENCODER):
+      continue
+    key = key.removeprefix(_ENCODER)
+    for new, old in _RENAMED[kind].items():
+      if key.startswith(new) or (new.startswith(".") and new in key):
+        key = key.replace(new, old, 1)
+    out[key] = tensor
+  return out
 
 
 def _latent_statistics(

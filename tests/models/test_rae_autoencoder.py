@@ -1,5 +1,6 @@
 """RAE; its parity is in tests/pretrained/test_autoencoder_rae."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,4 +35,5 @@ def test_sizes():
 
 def test_latents_must_be_square():
   with pytest.raises(ValueError, match="square, got 3x2"):
-    RAE(CONFIG).init({}, jnp.zeros((1, 3, 2, 16)), method="decode")
+    z = jnp.zeros((1, 3, 2, 16))
+    RAE(CONFIG).init(jax.random.key(0), z, method="decode")

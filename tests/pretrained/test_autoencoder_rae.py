@@ -144,6 +144,37 @@ def test_parity_with_siglip2(tmp_path, prefix):
   np.testing.assert_allclose(decoded, pixels, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "mae"])
+def test_published_names_of_the_encoder(dinov2, tmp_path, kind):
+  """transformers 5 renamed parts; folders written before have the old names."""
+  folder = dinov2[1]
+  if kind == "mae":
+    folder = tmp_path / "mae"
+    tiny_diffusers.rae("mae").save_pretrained(folder)
+  _, expected = autoencoder_rae.read_folder(folder)
+  new = ("q_proj", "k_proj", "v_proj", "o_proj")
+  old = tuple(f"attention.{name}" for name in ("query", "key", "value"))
+  pairs = dict(zip(new, (*old, "output.dense"), strict=True))
+  if kind == "mae":
+    pairs |= {
+      "encoder.layers": "encoder.encoder.layer",
+      "mlp.fc1": "intermediate.dense",
+      "mlp.fc2": "output.dense",
+    }
+  tensors = {}
+  for key, tensor in safetensors.numpy.load_file(folder / FILE).items():
+    for name, published in pairs.items():
+      if key.startswith("encoder."):
+        key = key.replace(name, published)
+    tensors[key] = tensor
+  assert sum("attention.attention.query" in key for key in tensors) == 4
+  raw = (folder / "config.json").read_text()
+  (tmp_path / "config.json").write_text(raw)
+  safetensors.numpy.save_file(tensors, tmp_path / FILE)
+  _, params = autoencoder_rae.read_folder(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 def test_latent_norms_by_name(saved):
   """Near a deviation of 0 the two differ: pinned on a tiny variance."""
   images = tiny_diffusers.images(1, 42, 42)
