@@ -106,7 +106,7 @@ def load(name: str, dtype: str | None = None) -> Model:
   from psvae_jax.autoencoders import ImportedAutoencoder, load_autoencoder
 
   path, _, stage = name.rpartition("@")
-  if stage and Path(path).expanduser().is_dir():
+  if path and Path(path).expanduser().is_dir():
     loaded = load_autoencoder(path, stage=stage)
   else:
     loaded = load_autoencoder(name)

@@ -60,7 +60,8 @@ def precision_recall(
     )
   # About the middle, squares are small and float32 tells them apart.
   middle = np.mean(real, axis=0, dtype=np.float64).astype(np.float32)
-  distances = _Distances(middle, neighbours, mesh, block)
+  most = max(len(generated), len(real))
+  distances = _Distances(middle, neighbours, mesh, block, most)
   if not (distances.is_finite(generated) and distances.is_finite(real)):
     return float("nan"), float("nan")
   return (
@@ -78,10 +79,13 @@ class _Distances:
     neighbours: int,
     mesh: Mesh | None,
     block: tuple[int, int],
+    most: int,
   ) -> None:
     self._middle, self._neighbours, self._mesh = middle, neighbours, mesh
     shards = 1 if mesh is None else sharding.batch_shards(mesh)
-    self._rows, self._columns = block[0] * shards, block[1]
+    # No larger than the larger set needs: the rest would be padding.
+    self._rows = min(block[0], _power_of_two(-(-most // shards))) * shards
+    self._columns = min(block[1], _power_of_two(most))
 
   def is_finite(self, features: np.ndarray) -> bool:
     size = self._columns
@@ -129,6 +133,11 @@ class _Distances:
     if split:
       return jax.device_put(value, sharding.batch_sharding(self._mesh))
     return jax.device_put(value, sharding.replicated(self._mesh))
+
+
+def _power_of_two(count: int) -> int:
+  """The next one: sets of similar sizes share their programs."""
+  return 1 << (count - 1).bit_length()
 
 
 def _squared(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -298,9 +298,9 @@ def test_output_names_everything(mesh, tmp_path, capsys):
   found.note("take care")
   paths = output.write(found, tmp_path)
   table = paths[1].read_text()
-  assert "| images | gFID ↓ |           KID ↓ |" in table
+  assert "| images | gFID ↓ |             KID ↓ |" in table
   assert "1.235 | 0.50000 ± 0.10000" in table
-  assert "nan |               –" in table
+  assert "nan |                 –" in table
   for text in (
     "reference: data: x; count: 7",
     "gFID: definition: squared Fréchet distance",

@@ -29,7 +29,7 @@ def work(mesh):
 
   return passes.Pass(
     "tiny",
-    open_set("scenes", size=12, count=COUNT),
+    open_set("scenes", size=16, count=COUNT),
     step,
     {"model": 1},
     moments=["pool", "spatial"],
@@ -148,11 +148,11 @@ def test_unreadable_images_do_not_count(work, mesh, tmp_path):
   folder.mkdir()
   rng = np.random.default_rng(0)
   for i in range(20):
-    pixels = rng.integers(0, 256, (12, 12, 3), np.uint8)
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(folder / f"{i:02d}.png")
   for i in (4, 17):
     (folder / f"{i:02d}.png").write_bytes(b"x")
-  images = open_set(str(folder), size=12, max_bad_share=0.2)
+  images = open_set(str(folder), size=16, max_bad_share=0.2)
   result = passes.run(
     dataclasses.replace(work, images=images), tmp_path / "state", mesh
   )
