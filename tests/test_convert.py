@@ -1,5 +1,6 @@
 """The converter: published files become folders that load."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 
 from psvae_jax import convert as command
-from psvae_jax.pretrained import inception, lpips, mapping
+from psvae_jax.models.kl_autoencoder import KLConfig
+from psvae_jax.pretrained import (
+  autoencoder_kl,
+  files,
+  inception,
+  lpips,
+  mapping,
+  untrained,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -119,6 +128,35 @@ def test_inception_is_converted(tmp_path):
 )
 def test_the_port_is_known_by_the_name_of_the_file(name, port):
   assert inception.port_of(name) == port
+
+
+def test_an_autoencoder_of_ldm_is_converted(tmp_path):
+  config = KLConfig(
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    latent_channels=3,
+    down_attention=(False, True),
+    up_attention=(False, False),
+  )
+  params = untrained.random_params(autoencoder_kl.param_shapes(config))
+  rules = autoencoder_kl.rules(config, autoencoder_kl.LDM)
+  state = {
+    key: torch.from_numpy(np.array(value))
+    for key, value in mapping.export_params(rules, params).items()
+  }
+  state["loss.logvar"] = torch.zeros(())
+  weights, out = tmp_path / "tiny.ckpt", tmp_path / "out"
+  torch.save({"state_dict": state, "global_step": 3}, weights)
+  command.main(arguments("autoencoder-kl", {"weights": weights}, out))
+  found, loaded = autoencoder_kl.read_folder(out)
+  assert found == dataclasses.replace(config, scaling_factor=1.0)
+  assert files.fingerprint_params(loaded) == files.fingerprint_params(params)
+  raw = json.loads((out / "config.json").read_text())
+  assert raw["sources"][0]["file"] == "tiny.ckpt"
+  with pytest.raises(SystemExit, match="is not mar-kl16: it has"):
+    options = {"weights": weights, "name": "mar-kl16"}
+    command.main(arguments("autoencoder-kl", options, tmp_path / "other"))
+  assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("kind", [None, *command.KINDS])

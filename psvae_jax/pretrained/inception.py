@@ -9,6 +9,7 @@ download: for tests and dry runs, never for results.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import zlib
@@ -132,7 +133,7 @@ def load_inception(name_or_path: str | os.PathLike) -> InceptionNetwork:
   if name.startswith(RANDOM):
     if name != f"{RANDOM}inception":
       raise ValueError(f"no network {name!r}; valid: {RANDOM}inception")
-    params, port = _random_params(module), "random"
+    params, port = _random_params(), "random"
   else:
     folder = pathlib.Path(name).expanduser()
     if not name:
@@ -155,7 +156,7 @@ def load_inception(name_or_path: str | os.PathLike) -> InceptionNetwork:
 def rules() -> list[mapping.Rule]:
   """Published tensor of every parameter of `models.inception.Inception`."""
   table = []
-  shapes = _param_shapes(inception.Inception())
+  shapes = _param_shapes()
   for path in traverse_util.flatten_dict(shapes, sep="/"):
     unit, _, parameter = path.rpartition("/")
     if unit == "fc":
@@ -189,7 +190,7 @@ def from_published(
   return mapping.import_params(
     table,
     tensors,
-    _param_shapes(inception.Inception()),
+    _param_shapes(),
     source=source,
     ignored={**unused, "fc.bias": None},
   )
@@ -220,7 +221,7 @@ def save_inception(
     port: whose file they were, e.g. "pytorch-fid".
     provenance: more fields of config.json, e.g. the file they came from.
   """
-  mapping.check_params(params, _param_shapes(inception.Inception()))
+  mapping.check_params(params, _param_shapes())
   tensors = mapping.export_params(rules(), params)
   files.write_safetensors(folder / "model.safetensors", tensors)
   config = {"model_type": MODEL_TYPE, "graph": GRAPH, "port": port}
@@ -241,7 +242,7 @@ def _read_port(folder: pathlib.Path) -> str:
   return raw["port"]
 
 
-def _random_params(module: inception.Inception) -> Any:
+def _random_params() -> Any:
   """Untrained parameters, the same on every machine and backend."""
 
   def draw(path, leaf):
@@ -255,10 +256,12 @@ def _random_params(module: inception.Inception) -> Any:
       return np.float32((2 / np.prod(leaf.shape[:-1])) ** 0.5) * noise
     return np.float32(kind == "scale") + np.float32(0.1) * noise
 
-  return jax.tree_util.tree_map_with_path(draw, _param_shapes(module))
+  return jax.tree_util.tree_map_with_path(draw, _param_shapes())
 
 
-def _param_shapes(module: inception.Inception) -> Any:
-  """The module's parameters as shapes; nothing is allocated."""
+@functools.cache
+def _param_shapes() -> Any:
+  """The network's parameters as shapes; tracing them takes a second."""
   images = jax.ShapeDtypeStruct((1, inception.SIDE, inception.SIDE, 3), "f4")
-  return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+  init = inception.Inception().init
+  return jax.eval_shape(init, jax.random.key(0), images)["params"]
