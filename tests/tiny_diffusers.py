@@ -87,9 +87,13 @@ def randomise(model, seed=0):
 
 
 def kl(name, **changes):
-  """A random `AutoencoderKL`."""
+  """A random `AutoencoderKL`; its first norms see variances near epsilon."""
   diffusers = pytest.importorskip("diffusers")
-  return randomise(diffusers.AutoencoderKL(**{**KL[name], **changes}))
+  model = randomise(diffusers.AutoencoderKL(**{**KL[name], **changes}))
+  for first in (model.encoder.conv_in, model.decoder.conv_in):
+    first.weight.data *= 1e-3
+    first.bias.data *= 1e-3
+  return model
 
 
 def rae_options(kind, **changes):
@@ -107,9 +111,15 @@ def rae_options(kind, **changes):
 
 
 def rae(kind, **changes):
-  """A random `AutoencoderRAE`."""
+  """A random `AutoencoderRAE`; norms of CLS see variances near epsilon."""
   diffusers = pytest.importorskip("diffusers")
-  return randomise(diffusers.AutoencoderRAE(**rae_options(kind, **changes)))
+  model = diffusers.AutoencoderRAE(**rae_options(kind, **changes))
+  randomise(model)
+  model.decoder.trainable_cls_token.data *= 1e-5
+  embeddings = model.encoder.embeddings
+  embeddings.cls_token.data *= 1e-4
+  embeddings.position_embeddings.data[:, :1] *= 1e-4
+  return model
 
 
 def images(*shape, seed=1):
