@@ -138,9 +138,17 @@ def test_base_modules(monkeypatch):
   assert millions["discriminator"] == pytest.approx(2.77, abs=0.01)
   # VGG16's convolutions, and a number a channel of the layers that are read.
   assert modules["perceptual"]["parameters"] == 14_714_688 + 1472
-  # Two images; 15.35 G multiply-adds at 224², less those on padding.
-  flops = 2 * 2 * 15.35e9 * (256 / 224) ** 2
-  assert modules["perceptual"]["forward_flops"] == pytest.approx(flops, 0.02)
+  # Two images through (side, channels in, out); a 3×3 window has (3n − 2)²
+  # taps on n² positions without the border's. And a product a head.
+  layers = (
+    [(256, 3, 64), (256, 64, 64), (128, 64, 128), (128, 128, 128)]
+    + [(64, 128, 256), *[(64, 256, 256)] * 2]
+    + [(32, 256, 512), *[(32, 512, 512)] * 2, *[(16, 512, 512)] * 3]
+  )
+  adds = sum(2 * (3 * n - 2) ** 2 * x * y for n, x, y in layers)
+  heads = ((256, 64), (128, 128), (64, 256), (32, 512), (16, 512))
+  adds += sum(n * n * width for n, width in heads)
+  assert modules["perceptual"]["forward_flops"] == 2 * adds
   # 2 · multiply-adds: 12 blocks on 1 + 4 + 256 tokens, and the patches.
   tokens, width = 261, 768
   blocks = 12 * (2 * 12 * tokens * width**2 + 4 * tokens**2 * width)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import vision_reference
 
 import psvae_jax
 from psvae_jax import checkpoint, train
@@ -297,7 +298,7 @@ def test_an_export_decodes_to_the_bit(vaes, export_folder):
 
 def test_the_tuned_encoder_opens_in_transformers(job, vaes, export_folder):
   torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
+  transformers = vision_reference.import_transformers()
   folder = export_folder.with_name("tuned")
   model, info = transformers.AutoModel.from_pretrained(
     folder, output_loading_info=True
