@@ -3,7 +3,9 @@
 torch is imported, or the test skipped, by the functions that need it.
 """
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from psvae_jax.pretrained import files
 
 def build(kind: str, **fields: Any) -> Any:
   """transformers' model `kind` of `fields`, every parameter random."""
-  transformers = pytest.importorskip("transformers")
+  transformers = import_transformers()
   torch = pytest.importorskip("torch")
   torch.manual_seed(0)
   cls = getattr(transformers, kind)
@@ -30,8 +32,7 @@ def randomise(model: Any) -> Any:
   torch = pytest.importorskip("torch")
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      matrix = parameter.ndim > 1 and "position" not in name
-      matrix = matrix and not name.endswith("token")
+      matrix = parameter.ndim > 1 and not re.search("position|token", name)
       scale = parameter[0].numel() ** -0.5 if matrix else 0.5
       gain = parameter.ndim == 1 and name.endswith(".weight")
       parameter.copy_(scale * torch.randn_like(parameter) + float(gain))
@@ -88,12 +89,12 @@ def relative_error(got: Any, want: np.ndarray) -> float:
   return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
-def import_torchvision() -> None:
-  """Image processors of transformers need it."""
+def import_transformers() -> Any:
+  """transformers, which imports torchvision where it is installed."""
   pytest.importorskip("torch")
-  import torchvision_ops  # noqa: F401
-
-  pytest.importorskip("torchvision")
+  if importlib.util.find_spec("torchvision") is not None:
+    import torchvision_ops  # noqa: F401
+  return pytest.importorskip("transformers")
 
 
 def rewrite(folder: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
@@ -112,7 +113,7 @@ def set_config(folder: Any, **fields: Any) -> None:
 
 def count(config: dict[str, Any]) -> int:
   """Parameters that transformers gives a config.json; nothing is allocated."""
-  transformers = pytest.importorskip("transformers")
+  transformers = import_transformers()
   torch = pytest.importorskip("torch")
   config = transformers.AutoConfig.for_model(**config)
   with torch.device("meta"):
@@ -127,7 +128,7 @@ def count(config: dict[str, Any]) -> int:
 
 def reopen(folder: Any) -> Any:
   """A saved folder in transformers, which must miss and ignore nothing."""
-  transformers = pytest.importorskip("transformers")
+  transformers = import_transformers()
   model, info = transformers.AutoModel.from_pretrained(
     folder, output_loading_info=True
   )

@@ -122,13 +122,20 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> vit.ViTConfig:
   fields = Fields(raw, path)
   fields.expect(num_channels=3, proj_bias=True, mlp_bias=True)
   bias = fields.get("query_bias", bool, True)
-  fields.expect(value_bias=bias)
   key_bias = fields.get("key_bias", bool, False)
-  if not bias:
-    fields.expect(key_bias=False)
   gated = fields.get("use_gated_mlp", bool, False)
-  if gated:
-    fields.expect(hidden_act=_GATED)
+  activation = fields.get("hidden_act", str, "gelu")
+  wanted = {
+    "value_bias": (fields.get("value_bias", bool, True), bias),
+    "key_bias": (key_bias, key_bias and bias),
+    "hidden_act": (activation, _GATED if gated else activation),
+  }
+  for name, (found, value) in wanted.items():
+    if found != value:
+      raise ValueError(
+        f"{path}: {name} {found!r} is not {value!r}, which alone is supported "
+        f"beside query_bias {bias} and use_gated_mlp {gated}"
+      )
   # Defaults are those of transformers' config class, for files that leave a
   # field out. Fields that say how big the model is have none.
   return fields.build(
@@ -140,7 +147,7 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> vit.ViTConfig:
     image_size=fields.side("image_size", 224),
     num_registers=fields.get("num_register_tokens", int, 0),
     swiglu=gated,
-    activation=fields.get("hidden_act", str, "gelu"),
+    activation=activation,
     layer_norm_eps=fields.get("layer_norm_eps", float, 1e-5),
     qkv_bias=bias,
     layerscale_init=fields.get("layerscale_value", float, 1.0),

@@ -137,8 +137,8 @@ def test_published_size_opens_in_transformers(tmp_path, name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_preprocessor_opens_in_transformers(tmp_path, name):
-  transformers = pytest.importorskip("transformers")
-  reference.import_torchvision()
+  transformers = reference.import_transformers()
+  pytest.importorskip("torchvision")
   config = SMALL[name]
   params = reference.random_params(config)
   encoder.save_encoder(tmp_path, config, params, MEAN, STD)

@@ -46,7 +46,7 @@ def test_cls_is_the_pooled_output(tmp_path):
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "CLIPVisionModelWithProjection"])
 def test_vision_half_of_larger_models(tmp_path, kind):
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   config = transformers.CLIPVisionConfig(**FIELDS, projection_dim=7)
   if kind == "CLIPModel":
     vision = config.to_dict()
@@ -67,7 +67,7 @@ def test_vision_half_of_larger_models(tmp_path, kind):
 
 
 def test_defaults_are_those_of_transformers(tmp_path):
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   base = clip_vision.PUBLISHED["openai/clip-vit-base-patch32"]
   raw = transformers.CLIPVisionConfig().to_dict()
   assert clip_vision.parse_config(raw, tmp_path) == base
@@ -76,7 +76,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
 
 
 def test_the_older_of_two_vision_configs_counts(tmp_path):
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   raw = {
     "model_type": "clip",
     "text_config": {},

@@ -80,7 +80,7 @@ def test_config_that_is_not_supported_is_an_error(tmp_path, fields, message):
 
 
 def test_published_small_is_the_default_of_transformers(tmp_path):
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   raw = transformers.DINOv3ViTConfig(num_register_tokens=4).to_dict()
   name = "facebook/dinov3-vits16-pretrain-lvd1689m"
   assert dinov3.parse_config(raw, tmp_path) == dinov3.PUBLISHED[name]

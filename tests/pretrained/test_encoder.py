@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import vision_reference
 
 from psvae_jax.models import vit
 from psvae_jax.pretrained import architectures, dinov2, files
@@ -66,7 +67,7 @@ def set_config(folder, **fields):
 def torch_model(registers, **options):
   """A transformers DINOv2 with every parameter random."""
   torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
+  transformers = vision_reference.import_transformers()
   fields = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -166,7 +167,7 @@ def test_affine_free_norm_is_torchs_layer_norm(tmp_path):
   ],
 )
 def test_saved_folder_opens_in_transformers(tmp_path, options, final_norm):
-  transformers = pytest.importorskip("transformers")
+  transformers = vision_reference.import_transformers()
   config = vit.ViTConfig(**{**CONFIG.__dict__, **options})
   params = random_params(config, final_norm)
   encoder_lib.save_encoder(tmp_path, config, params, MEAN, STD)
@@ -183,7 +184,7 @@ def test_saved_folder_opens_in_transformers(tmp_path, options, final_norm):
 
 
 def test_preprocessor_opens_in_transformers(folder):
-  transformers = pytest.importorskip("transformers")
+  transformers = vision_reference.import_transformers()
   processor = transformers.AutoImageProcessor.from_pretrained(folder)
   assert type(processor).__name__.startswith("BitImageProcessor")
   images = random_images(1, 16, 16, 3)

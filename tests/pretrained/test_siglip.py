@@ -40,7 +40,7 @@ def test_parity_with_transformers(tmp_path, size, options):
 
 def whole_model(folder):
   """A folder of both halves, and its vision half."""
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   config = transformers.SiglipConfig(
     text_config=TEXT, vision_config={**FIELDS, "patch_size": 8}
   )
@@ -86,7 +86,7 @@ def test_a_missing_vision_tensor_is_named_as_in_the_file(tmp_path):
 
 
 def test_naflex_is_refused_with_what_works(tmp_path):
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   for config in (transformers.Siglip2VisionConfig, transformers.Siglip2Config):
     config().save_pretrained(tmp_path)
     with pytest.raises(
@@ -102,7 +102,7 @@ def test_there_is_no_cls():
 
 def test_defaults_are_those_of_transformers(tmp_path):
   """Published files leave out what is a default."""
-  transformers = pytest.importorskip("transformers")
+  transformers = reference.import_transformers()
   base = siglip.PUBLISHED["google/siglip-base-patch16-224"]
   raw = transformers.SiglipVisionConfig().to_dict()
   assert siglip.parse_config(raw, tmp_path) == base
