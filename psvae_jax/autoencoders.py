@@ -110,6 +110,9 @@ class ImportedAutoencoder(ImageCodec):
       fingerprint=_digest(self.description, params),
       batch_size=batch_size,
     )
+    # Autoencoders of one architecture share programs.
+    self._encode_fn = functools.partial(_encode, self._model)
+    self._decode_fn = functools.partial(_decode, self._model)
     if image_size is not None:
       self._check_size(image_size, image_size)
       if self._factor is not None:
@@ -162,13 +165,10 @@ class ImportedAutoencoder(ImageCodec):
     )
 
   def _trace_encode(self, params: Any, images: jax.Array) -> jax.Array:
-    x = images.astype(jnp.float32) / 127.5 - 1.0
-    z = self._model.apply({"params": params}, x, method="encode")
-    return z.astype(jnp.float32)
+    return _encode(self._model, params, images)
 
   def _trace_decode(self, params: Any, z: jax.Array) -> jax.Array:
-    pixels = self._model.apply({"params": params}, z, method="decode")
-    return to_uint8(pixels.astype(jnp.float32))
+    return _decode(self._model, params, z)
 
   def _check_size(self, height: int, width: int) -> None:
     factor = self._factor
@@ -182,6 +182,20 @@ class ImportedAutoencoder(ImageCodec):
 
   def _latent_grid(self) -> int | None:
     return super()._latent_grid() if self._factor is None else None
+
+
+# Modules hash by their fields.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(module, params, images):
+  x = images.astype(jnp.float32) / 127.5 - 1.0
+  z = module.apply({"params": params}, x, method="encode")
+  return z.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(module, params, z):
+  pixels = module.apply({"params": params}, z, method="decode")
+  return to_uint8(pixels.astype(jnp.float32))
 
 
 def load_autoencoder(
