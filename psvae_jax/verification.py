@@ -361,8 +361,15 @@ KINDS: dict[str, Callable[[str, int | None], Subject]] = {
 }
 
 
-def report(subject: Subject) -> dict[str, Any]:
-  """Everything about a network, in plain values; runs it once."""
+def report(
+  subject: Subject, outputs: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Everything about a network, in plain values.
+
+  Args:
+    subject: the network.
+    outputs: what `subject.run()` returned.
+  """
   modules = {
     name: {
       "parameters": sum(int(x.size) for x in jax.tree.leaves(tree)),
@@ -370,7 +377,6 @@ def report(subject: Subject) -> dict[str, Any]:
     }
     for name, tree in sorted(subject.params.items())
   }
-  outputs = {name: summarize(x) for name, x in subject.run().items()}
   return {
     "name": subject.name,
     "kind": subject.kind,
@@ -379,7 +385,7 @@ def report(subject: Subject) -> dict[str, Any]:
     "parameters": sum(m["parameters"] for m in modules.values()),
     "modules": modules,
     "inputs": subject.inputs.describe(),
-    "outputs": outputs,
+    "outputs": {name: summarize(x) for name, x in outputs.items()},
     "versions": {"jax": jax.__version__, "numpy": np.__version__},
     "device": jax.devices()[0].device_kind,
     "precision": jax.config.jax_default_matmul_precision or "default",
@@ -390,9 +396,10 @@ def summarize(array: np.ndarray) -> dict[str, Any]:
   """Figures of one output, computed in float64.
 
   Returns:
-    `shape`; `norm` and `norm_std`, mean and standard deviation of the vectors'
-    lengths along the last axis; `mean`, `std`, `least` and `most` of all
-    numbers; `leading`, the first ones.
+    `shape`; `levels`, whether it is rounded to whole numbers; `norm` and
+    `norm_std`, mean and standard deviation of the vectors' lengths along the
+    last axis; `mean`, `std`, `least` and `most` of all numbers; `leading`, the
+    first ones; `spread`, as many at equal distances, in C order.
   """
   x = np.asarray(array, np.float64)
   norms = np.sqrt(np.sum(np.square(x), axis=-1))
@@ -406,8 +413,10 @@ def summarize(array: np.ndarray) -> dict[str, Any]:
   }
   return {
     "shape": list(array.shape),
+    "levels": bool(np.issubdtype(array.dtype, np.integer)),
     **{name: float(value) for name, value in figures.items()},
-    "leading": [float(value) for value in x.ravel()[:_LEADING]],
+    "leading": x.ravel()[:_LEADING].tolist(),
+    "spread": x.ravel()[:: max(x.size // _LEADING, 1)][:_LEADING].tolist(),
   }
 
 

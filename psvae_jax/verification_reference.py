@@ -6,7 +6,7 @@ only here, they are run beside it, where they are installed.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,38 @@ def run(subject: Subject) -> dict[str, np.ndarray]:
       "transformers"
     ) from error
   transformers.logging.set_verbosity_error()
-  with torch.no_grad():
-    return _REFERENCES[subject.kind](subject)
+  try:
+    with torch.no_grad():
+      return _REFERENCES[subject.kind](subject)
+  except (ValueError, OSError):
+    raise
+  except Exception as error:  # of another program, about its installation
+    raise ValueError(
+      f"--reference: the other program failed: {type(error).__name__}: {error}"
+    ) from error
+
+
+def distances(
+  found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+  """How far outputs are from the reference's.
+
+  Returns:
+    Output's name → largest difference, as a share of the largest number; of
+    images in levels the mean difference, since two programs may round one
+    number up and down. NaN where either has one, infinity where shapes differ.
+  """
+  out = {}
+  for name, theirs in wanted.items():
+    ours = found[name]
+    if ours.shape != theirs.shape:
+      out[name] = float("inf")
+      continue
+    difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    reduce = np.mean if np.issubdtype(ours.dtype, np.integer) else np.max
+    largest = np.abs(theirs.astype(np.float64)).max()
+    out[name] = float(reduce(difference) / largest)
+  return out
 
 
 @contextlib.contextmanager

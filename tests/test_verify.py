@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import vision_reference
 from PIL import Image
 
 import psvae_jax
-from psvae_jax import verification, verify
+from psvae_jax import verification, verification_reference, verify
 from psvae_jax.pretrained import files
 from psvae_jax.tasks.generator import EMBEDDED_TEXT_ENCODER
 
@@ -36,7 +37,8 @@ def fails(match, *arguments):
 
 @pytest.fixture(name="report", scope="module")
 def _report(folder):
-  return verification.report(verification.load(folder))
+  subject = verification.load(folder)
+  return verification.report(subject, subject.run())
 
 
 def test_figures_of_an_encoder(folder, report):
@@ -49,7 +51,10 @@ def test_figures_of_an_encoder(folder, report):
   assert found["norm"] == pytest.approx(lengths.mean(), rel=1e-6)
   assert found["norm_std"] == pytest.approx(lengths.std(), rel=1e-6)
   assert found["std"] == pytest.approx(features.std(), rel=1e-6)
-  np.testing.assert_allclose(found["leading"], features.ravel()[:8], rtol=1e-6)
+  flat = features.ravel()
+  np.testing.assert_allclose(found["leading"], flat[:8], rtol=1e-6)
+  step = flat.size // 8
+  np.testing.assert_allclose(found["spread"], flat[::step], rtol=1e-6)
   assert report["fingerprint"] == encoder.fingerprint
   assert report["architecture"]["width"] == 16
   block = report["modules"]["blocks"]
@@ -115,7 +120,9 @@ def test_text_and_pictures(folder, report, tmp_path, capsys):
     (("outputs", "features", "shape"), [1], "features, shape"),
     (("outputs", "features", "norm"), 0.1, "features, norm: .*expected 0.1"),
     (("outputs", "features", "std"), float("nan"), "features, std"),
-    (("outputs", "features", "leading"), [0.0] * 8, "features, number 0: "),
+    (("outputs", "features", "leading"), [0.0] * 8, "features, leading: "),
+    (("outputs", "features", "spread"), [0.0] * 8, "features, spread: "),
+    (("outputs", "features", "leading"), [0.0], "8 numbers, expected 1"),
     (("outputs", "other"), None, "other: missing; there are features"),
   ],
 )
@@ -166,12 +173,35 @@ def test_inception(capsys):
   assert report["outputs"]["2048, tf1"]["shape"] == [6, 2048]
 
 
+def test_levels_may_be_rounded_up_and_down():
+  ours = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
+  other = ours.copy()
+  other[0, 0, 0, 0] ^= 1
+  figures = [verification.summarize(x) for x in (ours, other)]
+  reports = [
+    {
+      "kind": "x",
+      "parameters": 1,
+      "inputs": {"sha256": ""},
+      "outputs": {"y": y},
+    }
+    for y in figures
+  ]
+  assert verify.differences(*reports, tolerance=1e-3) == []
+  found = verification_reference.distances({"y": ours}, {"y": other})
+  assert 0 < found["y"] < 1e-4
+  found = verification_reference.distances({"y": ours}, {"y": ours[:, 1:]})
+  assert found["y"] == float("inf")
+
+
 @pytest.mark.parametrize("which", ["encoder", "text"])
 def test_reference(folder, which, capsys):
   vision_reference.import_transformers()
   name = {"encoder": folder, "text": EMBEDDED_TEXT_ENCODER}[which]
   text = run(capsys, name, "--reference")
-  assert "agrees with the reference within 0.0001" in text
+  found = re.findall(r"differs by (\S+) from the reference", text)
+  assert len(found) == (1 if which == "encoder" else 3)
+  assert all(float(value) < 1e-5 for value in found)
 
 
 def test_reference_that_differs(folder, monkeypatch):
