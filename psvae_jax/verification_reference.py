@@ -45,6 +45,7 @@ def run(subject: Subject) -> dict[str, np.ndarray]:
       "transformers"
     ) from error
   transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
   try:
     with torch.no_grad():
       return _REFERENCES[subject.kind](subject)
@@ -168,7 +169,11 @@ def _clip(subject: Subject) -> dict[str, np.ndarray]:
   constants = processor.image_processor
   pixels = _pixels(subject, constants.image_mean, constants.image_std)
   texts = processor.tokenizer(
-    list(subject.inputs.texts), padding=True, return_tensors="pt"
+    list(subject.inputs.texts),
+    padding=True,
+    truncation=True,
+    max_length=model.config.text_config.max_position_embeddings,
+    return_tensors="pt",
   )
   out = model(pixel_values=pixels, **texts)
   return {
