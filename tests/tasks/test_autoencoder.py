@@ -150,10 +150,9 @@ def test_lpips_computes_wide(encoder_folder):
   for dtype, wanted in (("bfloat16", "float32"), ("float64", "float64")):
     raw.compute.dtype = dtype
     config = config_parser.parse(raw)
-    loaded = perceptual.load(config)
-    assert loaded.module.dtype == wanted
     with jax.enable_x64(dtype == "float64"):
-      abstract = perceptual.abstract(config)
+      loaded, abstract = perceptual.load(config), perceptual.abstract(config)
+    assert loaded.module.dtype == wanted
     assert abstract.module == loaded.module
     chex.assert_trees_all_equal_shapes(abstract.params, loaded.params)
   raw.compute.dtype = raw.perceptual.dtype = "bfloat16"
