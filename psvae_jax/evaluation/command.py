@@ -48,6 +48,11 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
     ValueError, OSError, CheckpointError, quarantine.DataError: what a user can
       do something about.
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      "evaluate runs in one process, on all devices that it sees; start it on "
+      "one host"
+    )
   mesh = sharding.make_mesh(MeshConfig())
   settings = Settings(
     folder=out / STATE_FOLDER,

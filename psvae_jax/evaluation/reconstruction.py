@@ -1,6 +1,6 @@
 """How well autoencoders reconstruct a data set's own images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from psvae_jax.evaluators.feature_networks import FeatureExtractor
 from psvae_jax.evaluators.frechet import frechet_distance
 
 KIND = "reconstruction"
+ITSELF = "the set's own images, as many"
 PAIRED = ("psnr", "ssim", "lpips")
 DISTANCES = ("rfid", "rsfid", "rfd_dinov2")
 
@@ -52,7 +53,7 @@ def evaluate(
       f"got {images.size}"
     )
   extractor = FeatureExtractor(networks.features, mesh)
-  bad = None
+  bad, against = None, reference.protocol if reference else ITSELF
   if reference is None and networks.features:
     reference = references.of_images(
       images, networks, settings, mesh, extractor
@@ -73,6 +74,8 @@ def evaluate(
       "model": model.description,
       "fingerprint": model.fingerprint,
       "precision": model.dtype,
+      "matrix_products": jax.config.jax_default_matmul_precision
+      or "the device's default",
       "resize": model.resize(images.size),
     }
   found.protocol = {
@@ -84,7 +87,7 @@ def evaluate(
     "rounding": f"{settings.rounding} to 8 bits",
     "metrics_precision": "float32, full products; distances float64",
   }
-  _explain(found, reference, networks, len(images) - (bad or 0))
+  _explain(found, reference, against, networks, len(images) - (bad or 0))
   return found
 
 
@@ -116,6 +119,7 @@ def _run(
     "model": model.fingerprint,
     "resize": model.resize(images.size),
     "dtype": model.dtype,
+    "products": jax.config.jax_default_matmul_precision,
     "rounding": settings.rounding,
     "networks": networks.identity(),
     "lpips": networks.lpips.fingerprint if networks.lpips else "",
@@ -168,6 +172,7 @@ def _distances(
 def _explain(
   found: Evaluation,
   reference: Reference | None,
+  against: Mapping[str, Any] | str,
   networks: Networks,
   count: int,
 ) -> None:
@@ -180,7 +185,7 @@ def _explain(
         key,
         count=count,
         dimensions=width,
-        reference=dict(reference.protocol),
+        reference=against,
         **network.protocol,
       )
       note_few(found, count, width)
@@ -200,6 +205,6 @@ def note_few(found: Evaluation, count: int, width: int) -> None:
   """Warns of a Fréchet distance's bias, which depends on the count."""
   if count <= width:
     found.note(
-      f"Fréchet distances of {count} images in {width} dimensions are biased "
-      "far upwards: compare them with figures of exactly as many images only"
+      f"Fréchet distances of {count} images, fewer than their dimensions, are "
+      "biased far upwards: compare them with figures of as many images only"
     )

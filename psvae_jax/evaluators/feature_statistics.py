@@ -5,6 +5,7 @@ batches or over hosts beyond float64 rounding (≤ 1e-12 of a figure), and what
 was saved goes on bit by bit. Memory does not grow with the number of images.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,26 @@ class FeatureStatistics:
     if self.score is not None:
       self.score.merge(other.score)
 
+  def over_hosts(self) -> "FeatureStatistics":
+    """The statistics of all hosts' images, the same on each.
+
+    All of them must call it, with sums of the same kinds; this object is not
+    changed.
+    """
+    if jax.process_count() == 1:
+      return self
+    total = self._empty()
+    for packed in _gather(_pack(self.to_arrays())):
+      with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        other = self._empty()
+        other.restore(dict(arrays))
+      total.merge(other)
+    return total
+
+  def _empty(self) -> "FeatureStatistics":
+    score = None if self.score is None else self.score.empty()
+    return FeatureStatistics(tuple(self.moments), score)
+
   def to_arrays(self) -> dict[str, np.ndarray]:
     """Everything, bit by bit, as arrays for an .npz."""
     arrays = {"count": np.int64(self.count)}
@@ -120,6 +141,30 @@ class FeatureStatistics:
     if self.score is not None:
       self.score.restore(_inside(arrays, "score/"))
     self.count = int(arrays["count"])
+
+
+def _pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  return file.getvalue()
+
+
+def _gather(data: bytes) -> list[bytes]:
+  """What each host gives, in their order.
+
+  As bytes: a collective would round float64 down to float32.
+  """
+  from jax.experimental import multihost_utils
+
+  own = np.frombuffer(data, np.uint8)
+  # An int64 would be cut to int32; a host's sums are below 2 GiB.
+  sizes = multihost_utils.process_allgather(np.int32(len(own)))
+  padded = np.zeros(int(np.max(sizes)), np.uint8)
+  padded[: len(own)] = own
+  everyone = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    row[:size].tobytes() for row, size in zip(everyone, sizes, strict=True)
+  ]
 
 
 def _inside(

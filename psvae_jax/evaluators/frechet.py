@@ -14,7 +14,6 @@ examples than dimensions.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 
@@ -49,34 +48,6 @@ class FeatureMoments:
     """Adds everything that `other` has seen; `other` is not changed."""
     if other.count:
       self._add(other.count, other._mean, other._scatter)
-
-  def over_hosts(self) -> "FeatureMoments":
-    """The moments of all hosts' features, the same on each.
-
-    All of them must call it, those without a feature too.
-    """
-    if jax.process_count() == 1:
-      return self
-    from jax.experimental import multihost_utils
-
-    def gather(value):
-      # As bytes: a collective would round float64 down to float32.
-      packed = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-      everyone = multihost_utils.process_allgather(packed)
-      return np.ascontiguousarray(everyone).view(value.dtype)
-
-    width = 0 if self._mean is None else len(self._mean)
-    sizes = gather(np.array([self.count, width], np.int64))
-    width = int(sizes[:, 1].max())
-    own = np.zeros((1 + width, width))
-    if self.count:
-      own[0], own[1:] = self._mean, self._scatter
-    total = FeatureMoments()
-    for (count, _), packed in zip(sizes, gather(own), strict=True):
-      if count:
-        packed = packed.reshape(1 + width, width)
-        total._add(int(count), packed[0], packed[1:])
-    return total
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """Everything, bit by bit, as arrays for an .npz."""

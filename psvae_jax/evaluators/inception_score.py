@@ -10,6 +10,7 @@ must then be a random one; torch-fidelity permutes them first. With a seed,
 the permutation here is torch-fidelity's.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,6 +103,14 @@ class InceptionScore:
     )
     scores = np.exp(divergence)
     return float(scores.mean()), float(scores.std())
+
+  def empty(self) -> "InceptionScore":
+    """The same splits of the same images, with nothing added."""
+    score = copy.copy(self)
+    score._counts = np.zeros_like(self._counts)
+    score._negative_entropy = np.zeros_like(self._negative_entropy)
+    score._probabilities = None
+    return score
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """The sums, as arrays for an .npz."""

@@ -90,7 +90,8 @@ def test_reconstruction(mesh, tmp_path):
   assert found.columns == ["psnr", "ssim", "rfid", "rsfid", "rfd_dinov2"]
   assert found.left_out == {"lpips": "--lpips was not given"}
   assert found.of["rfid"]["inception"] == "tiny"
-  assert found.of["rfid"]["reference"]["count"] == 30
+  assert found.of["rfid"]["reference"] == "the set's own images, as many"
+  assert found.of["rfid"]["count"] == 30
   assert "reconstructions" in found.of["rfid"]["definition"]
   assert not any(key.startswith("g") for key in found.rows["dark"])
 

@@ -1,5 +1,10 @@
 """Streaming statistics: splits, padding, restarts."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -73,3 +78,57 @@ def test_a_restart_gives_the_same_bits():
 def test_other_kinds_do_not_merge():
   with pytest.raises(ValueError, match="cannot merge statistics of"):
     _empty().merge(FeatureStatistics(["spatial"]))
+
+
+_HOST = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import numpy as np
+from psvae_jax.evaluators.feature_statistics import FeatureStatistics
+from psvae_jax.evaluators.inception_score import InceptionScore
+rng = np.random.default_rng(0)
+pool, logits = rng.normal(size=(50, 5)) + 9, rng.normal(size=(50, 7))
+
+def statistics(rows):
+  found = FeatureStatistics(["pool"], InceptionScore(50))
+  figures = {"psnr": pool[rows, 0].astype(np.float32)}
+  found.update({"pool": pool[rows], "logits": logits[rows]}, figures, rows)
+  return found
+
+def figures(s):
+  m = s.moments["pool"]
+  return np.concatenate([m.mean, m.covariance.ravel(), s.score.result(),
+                         [s.means.result()["psnr"], s.count]])
+
+# The second host has none.
+for cut in (20, 50):
+  rows = np.arange(cut) if rank == 0 else np.arange(cut, 50)
+  got = figures(statistics(rows).over_hosts())
+  want = figures(statistics(np.arange(50)))
+  assert np.abs(got / want - 1).max() < 1e-12, (got, want)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_have_the_statistics_of_both():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, "-c", _HOST, str(rank), port],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      env=environment,
+    )
+    for rank in range(2)
+  ]
+  for host in hosts:
+    said, _ = host.communicate(timeout=120)
+    assert host.returncode == 0 and "equal" in said, said
