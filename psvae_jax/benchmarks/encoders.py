@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from psvae_jax import memory
 from psvae_jax.pretrained.encoder import Encoder, load_encoder, save_encoder
 
 _RANDOM = "random:"
@@ -111,6 +112,7 @@ def main() -> None:
   )
   arguments = parser.parse_args()
 
+  memory.keep_freed_memory()
   name = _RANDOM + arguments.name.removeprefix(_RANDOM)
   encoder = load_encoder(name, unroll=arguments.unroll)
   model = torch_model(encoder)
