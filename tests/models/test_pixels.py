@@ -50,6 +50,7 @@ def _small_conv(**kwargs):
 
 def _diffusers_decoder(channels, channel_mult, groups, latent_channels):
   pytest.importorskip("torch")
+  pytest.importorskip("torchvision_ops")  # before diffusers imports it
   vae = pytest.importorskip("diffusers.models.autoencoders.vae")
   levels = len(channel_mult)
   return vae.Decoder(
