@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import vision_reference
 
 from psvae_jax.models import text
 
@@ -57,7 +58,7 @@ def apply(config, params, tokens, mask, **options):
 def torch_encoder(config, params):
   """The reference model holding `params`, mapped by hand."""
   torch = pytest.importorskip("torch")
-  transformers = pytest.importorskip("transformers")
+  transformers = vision_reference.import_transformers()
   model = transformers.T5EncoderModel(
     transformers.T5Config(
       vocab_size=config.vocab_size,
@@ -155,6 +156,7 @@ def test_gradients_match_transformers():
 @pytest.mark.parametrize("buckets,distance", [(32, 128), (8, 16), (64, 256)])
 def test_buckets_match_transformers(buckets, distance):
   torch = pytest.importorskip("torch")
+  vision_reference.import_transformers()
   modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
   position = torch.arange(400)
   expected = modeling.T5Attention._relative_position_bucket(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import vision_reference
 
 from psvae_jax.models import text as models_text
 from psvae_jax.pretrained import text
@@ -95,6 +96,7 @@ def test_transformers_reads_what_is_saved(
   tmp_path, tokenizer_folder, projection
 ):
   torch = pytest.importorskip("torch")
+  vision_reference.import_transformers()
   config = dataclasses.replace(CONFIG, feed_forward_proj=projection)
   params = random_params(config)
   tokenizer = tokenizer_lib.Tokenizer(str(tokenizer_folder), 12)
@@ -128,6 +130,7 @@ def test_transformers_reads_what_is_saved(
 @pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
 def test_reads_a_whole_t5(tmp_path, tokenizer_folder, projection):
   torch = pytest.importorskip("torch")
+  vision_reference.import_transformers()
   model = transformers.T5ForConditionalGeneration(
     transformers.T5Config(
       vocab_size=320,
