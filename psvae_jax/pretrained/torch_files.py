@@ -208,13 +208,9 @@ def _to_numpy(
   for key, tensor in tensors.items():
     if tensor.layout != torch.strided or tensor.is_quantized:
       raise ValueError(f"{path}: tensor {key} is sparse or quantised")
-    size = tensor.numel() * tensor.element_size()
-    total += size
-    if (
-      size > tensor.untyped_storage().nbytes()
-      or total > _MAX_EXPANSION * path.stat().st_size
-    ):
-      raise ValueError(f"{path}: tensor {key} is larger than the file's bytes")
+    total += tensor.numel() * tensor.element_size()
+    if total > _MAX_EXPANSION * path.stat().st_size:
+      raise ValueError(f"{path}: tensor {key} is larger than the file holds")
   return {
     key: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     for key, tensor in tensors.items()

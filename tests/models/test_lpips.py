@@ -101,6 +101,14 @@ def test_equal_and_blank_images_have_finite_gradients():
   assert distance.min() > 0.1 and np.abs(gradients[1]).max() > 0
 
 
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_activations_whose_squares_are_zero_have_finite_gradients(value):
+  x = jnp.full((1, 1, 1, 4), value)
+  out, pullback = jax.vjp(lpips._unit, x)
+  np.testing.assert_allclose(out, x / 1e-10, rtol=1e-6)
+  assert np.isfinite(pullback(jnp.ones_like(out))[0]).all()
+
+
 def test_remat_changes_memory_alone():
   network = load_lpips("random:alex")
   images = random_images((40, 36))
