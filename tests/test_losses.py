@@ -75,6 +75,7 @@ def test_semantic_loss_is_float32_for_bfloat16_features():
 
 def test_kl_matches_diffusers():
   torch = pytest.importorskip("torch")
+  pytest.importorskip("torchvision_ops")  # before diffusers imports it
   vae = pytest.importorskip("diffusers.models.autoencoders.vae")
   moments = 3 * _normal(0, 2, 3, 4, 10)
   moments[0, 0, 0] = [40, -40, 0, 1, -1, 30, -40, 0, 25, -31]  # clamped

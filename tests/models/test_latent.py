@@ -20,6 +20,7 @@ def test_moments_are_mean_then_log_variance_and_clamped():
 def test_posterior_equals_diffusers():
   """Beyond the clamps too: a log-variance of deviation 20."""
   torch = pytest.importorskip("torch")
+  pytest.importorskip("torchvision_ops")  # before diffusers imports it
   vae = pytest.importorskip("diffusers.models.autoencoders.vae")
   rng = np.random.default_rng(0)
   moments = 20 * rng.standard_normal((2, 3, 4, 10), np.float32)

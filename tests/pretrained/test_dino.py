@@ -35,6 +35,7 @@ def _folder(tmp_path):
 def torch_model(**options):
   """A transformers ViT with every parameter random."""
   torch = pytest.importorskip("torch")
+  pytest.importorskip("torchvision_ops")  # before transformers imports it
   transformers = pytest.importorskip("transformers")
   torch.manual_seed(0)
   config = transformers.ViTConfig(
