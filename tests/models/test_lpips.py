@@ -10,12 +10,7 @@ from psvae_jax.pretrained.lpips import load_lpips
 
 
 def random_images(size, seed=0, batch=2):
-  """Pairs that differ more or less.
-
-  Without flat parts: there, float32 rounds equal activations differently, and
-  with it goes the place that a pooling's gradient takes. (In float64 the two
-  sides agree to 1e-7 also there.)
-  """
+  """Pairs that differ more or less."""
   rng = np.random.default_rng(seed)
   images = rng.uniform(-1, 1, (batch, *size, 3))
   amounts = np.linspace(0.5, 1.0, batch).reshape(-1, 1, 1, 1)
@@ -62,26 +57,41 @@ def torch_evaluate(model, images, references):
   ("network", "size"),
   [
     ("alex", (75, 41)),
-    ("vgg", (64, 64)),
+    ("vgg", (37, 45)),
     pytest.param("alex", (64, 64), marks=pytest.mark.slow),
     pytest.param("alex", (31, 256), marks=pytest.mark.slow),
-    pytest.param("vgg", (37, 45), marks=pytest.mark.slow),
+    pytest.param("vgg", (64, 64), marks=pytest.mark.slow),
     pytest.param("vgg", (256, 256), marks=pytest.mark.slow),
   ],
 )
 def test_distance_and_gradients_equal_the_package(network, size):
+  """Distances in float32, gradients in float64.
+
+  A pooling's gradient goes to one of its values. Where two are nearly equal,
+  rounding decides: the package's float32 gradient of 256 × 256 pixels is 1e-2
+  away from its own in float64, and another machine chooses otherwise again.
+  """
   import metric_networks
 
   params = metric_networks.lpips_params(network)
   model = metric_networks.torch_lpips(network, params)
   images = random_images(size)
-  want, want_gradients = torch_evaluate(model, *images)
-  got, gradients = evaluate(lpips.Lpips(network), params, *images)
+  want, _ = torch_evaluate(model, *images)
+  module = lpips.Lpips(network)
+  got = jax.jit(module.apply)({"params": params}, *images)
   assert got.dtype == jnp.float32 and got.shape == (2,)
   assert want.min() > 0.01  # the comparison means something
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+  images = [x.astype(np.float64) for x in images]
+  want, want_gradients = torch_evaluate(model.double(), *images)
+  with jax.enable_x64(True):
+    module = lpips.Lpips(network, dtype=jnp.float64)
+    got, gradients = evaluate(module, params, *images)
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, want, rtol=1e-7)
   for ours, theirs in zip(gradients, want_gradients, strict=True):
-    assert relative_error(ours, theirs) < 1e-5
+    assert relative_error(ours, theirs) < 1e-6
 
 
 def test_equal_and_blank_images_have_finite_gradients():
