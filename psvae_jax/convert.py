@@ -249,16 +249,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
   kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
   for name, kind in KINDS.items():
     sub = kinds.add_parser(
-      name, help=kind.summary, description=kind.summary, allow_abbrev=False
+      name,
+      help=kind.summary,
+      description=kind.summary,
+      epilog=_where(kind),
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
     )
-    for option, published in kind.files.items():
+    for option in kind.files:
       sub.add_argument(
-        f"--{option}", required=True, metavar="FILE", help=published
+        f"--{option}", required=True, metavar="FILE", help="see below"
       )
     sub.add_argument("--out", required=True, help="folder to write")
     for option, text in kind.options.items():
       sub.add_argument(f"--{option}", help=text)
   return parser.parse_args(argv)
+
+
+def _where(kind: Kind) -> str:
+  """Where its files are published, every address whole on a line of its own."""
+  lines = ["where the files are published:"]
+  for option, published in kind.files.items():
+    text = re.sub(r" ?(https://\S*[^\s,]),? ?", r"\n    \1\n  ", published)
+    lines.append(f"  --{option}: {text.strip()}")
+  return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
