@@ -8,11 +8,9 @@ of --config.autoencoder.path=FOLDER; "embedded" is the trained miniature that
 comes with the package.
 
 Variants
-""        the embedded miniature, 48 × 48 scenes: 53 minutes on two CPU cores
+""        the embedded miniature, 48 × 48 scenes: 52 minutes on two CPU cores
           with AMX, cache and evaluation included, to eval/joint_accuracy 0.80
-          (one object 0.85, held-out combinations 0.67, ceiling 0.99) with a
-          text encoder retrained by configs/encoder.py:text
-          (--config.model.text_encoder=FOLDER; README).
+          (one object 0.85, held-out combinations 0.67, ceiling 0.99).
 "photos"  captioned pictures of a folder, through the autoencoder of
           configs/psvae.py:photos; add --config.data.root=TRAIN
           --config.data.eval_root=VALIDATION.

@@ -18,6 +18,7 @@ from PIL import Image
 from psvae_jax import cli, contact_sheet
 from psvae_jax.sample import (
   add_generator_arguments,
+  check,
   load,
   out_folder,
   plain_messages,
@@ -156,7 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
       )
   path = Path(arguments.image).expanduser()
   with plain_messages():
-    read_image(path, 1)  # before anything is loaded
+    # Before anything is loaded.
+    if not text.strip():
+      raise ValueError("the instruction or prompt is empty; say what is wanted")
+    read_image(path, 1)
+    check(arguments, **settings)
   pipe = load(arguments)
   with plain_messages():
     source, note = read_image(path, pipe.output_size)

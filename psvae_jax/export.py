@@ -189,8 +189,9 @@ def _write_encoder(folder: Path, vae: Any) -> None:
 
 
 def _provenance(workdir: Path, stage: str) -> Mapping[str, Any]:
-  """What a workdir says of the stage: its figures, settings and versions."""
+  """A workdir's figures of the stage, and how all up to it were trained."""
   from psvae_jax import exported
+  from psvae_jax.config import STAGES
   from psvae_jax.pretrained import files
   from psvae_jax.writers import read_summary
 
@@ -202,12 +203,14 @@ def _provenance(workdir: Path, stage: str) -> Mapping[str, Any]:
     "versions": summary.get("versions", {}),
     "device": summary.get("device"),
   }
-  for path in (workdir / stage / "config.json", workdir / "config.json"):
+  found["stages"] = {}
+  for name in STAGES:
+    path = workdir / name / "config.json"
     if path.is_file():
       config = files.read_json(path)
-      found["seed"] = config.get("seed")
-      found["data"] = config.get("data", {}).get("source")
-      found["training"] = config.get(stage, {})
+      kept = ("seed", "data", "cache", "model", "sample", name)
+      found["stages"][name] = {k: config[k] for k in kept if k in config}
+    if name == stage:
       break
   return found
 

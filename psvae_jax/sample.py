@@ -102,6 +102,21 @@ def out_folder(arguments: argparse.Namespace, name: str) -> Path:
   return Path(arguments.workdir).expanduser() / name
 
 
+def check(arguments: argparse.Namespace, **settings: Any) -> None:
+  """What can be wrong before a generator is loaded, which may take minutes.
+
+  Raises:
+    ValueError: a seed or a setting out of range, or --out is no folder.
+  """
+  from psvae_jax import text_to_image
+
+  out = Path(arguments.out or ".").expanduser()
+  there = next(p for p in (out, *out.parents) if p.exists())
+  if not there.is_dir():
+    raise ValueError(f"--out={out}: {there} is a file; give a folder")
+  text_to_image.check_settings(seed=arguments.seed, **settings)
+
+
 def load(arguments: argparse.Namespace) -> Any:
   """The `TextToImage` of --workdir; ends the command if there is none."""
   # After the arguments' checks: these imports take seconds.
@@ -139,12 +154,16 @@ def read_prompts(given: Sequence[str]) -> list[str]:
   """
   prompts = []
   for text in given:
+    if not text.strip():
+      raise ValueError('a prompt is empty; give one: --prompts="a red circle"')
     path = Path(text)
     if path.suffix in (".txt", ".csv", ".jsonl") and not path.is_file():
       raise FileNotFoundError(f"the prompt file {text!r} does not exist")
-    if len(text) > 255 or not path.is_file():
+    if len(text) > 255 or not path.exists():
       prompts.append(text)
       continue
+    if path.is_dir():
+      raise ValueError(f"the prompt {text!r} is a folder; give text, or a file")
     try:
       lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -225,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.fail(f"--num={arguments.num}: at least one image a prompt")
   with plain_messages():
     prompts = read_prompts(arguments.prompts)
+    check(arguments, **settings_of(arguments))
   pipe = load(arguments)
   with plain_messages():
     *paths, sheet = sample(

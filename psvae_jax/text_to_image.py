@@ -29,6 +29,7 @@ from psvae_jax.saved_generator import SavedGenerator
 # A prompt's own length is counted up to here.
 _MAX_COUNTED = 4096
 _SHOWN = 40  # characters of a prompt in a message
+_MAX_SCALE = 1000.0  # of guidance and shift: far beyond use, safe in float32
 
 
 class TextToImage:
@@ -273,10 +274,11 @@ def _warn_of_long(prompts: list[str], tokenizer: Tokenizer) -> None:
     if length <= tokenizer.max_length:
       continue
     shown = prompts[i][:_SHOWN] + "…" * (len(prompts[i]) > _SHOWN)
+    least = "at least " if length == _MAX_COUNTED else ""
     (kept,) = tokenizer.decode(tokens[i : i + 1])
     warnings.warn(
-      f"the prompt {shown!r} has {length} tokens, of which this generator "
-      f"reads {tokenizer.max_length}: it is cut to {kept.strip()!r}",
+      f"the prompt {shown!r} has {least}{length} tokens, of which this "
+      f"generator reads {tokenizer.max_length}: it is cut to {kept.strip()!r}",
       stacklevel=4,
     )
 
@@ -293,6 +295,26 @@ def _seeds(seed: int | Sequence[int], count: int) -> Any:
       "one an image"
     )
   return seed
+
+
+def check_settings(*, seed: int = 0, **settings: Any) -> None:
+  """Checks what a call takes by name, before there is a generator.
+
+  Args:
+    seed: of the first image.
+    **settings: steps, guidance, …; None is the saved one.
+
+  Raises:
+    ValueError: a value out of range; names it.
+  """
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"a seed lies in [0, 2^32), got {seed}")
+  strength = settings.pop("strength", None)
+  if strength is not None:
+    _check_strength(strength)
+  for name, value in settings.items():
+    if value is not None:
+      _check_setting(name, value)
 
 
 def _check_strength(strength: Any) -> float:
@@ -316,9 +338,13 @@ def _check_setting(name: str, value: Any) -> None:
       raise ValueError(f"steps must be an integer, got {value!r}")
     if value < 1:
       raise ValueError(f"steps must be at least 1, got {value}")
-  elif not _is_number(value) or value < 0 or (name == "shift" and not value):
-    least = "above 0" if name == "shift" else "a number of at least 0"
-    raise ValueError(f"{name} must be {least}, got {value!r}")
+  elif name == "shift":
+    if not _is_number(value) or not 1 / _MAX_SCALE <= value <= _MAX_SCALE:
+      raise ValueError(
+        f"shift must lie in [{1 / _MAX_SCALE:g}, {_MAX_SCALE:g}], got {value!r}"
+      )
+  elif not _is_number(value) or not 0 <= value <= _MAX_SCALE:
+    raise ValueError(f"{name} must lie in [0, {_MAX_SCALE:g}], got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

@@ -51,8 +51,9 @@ def test_draws_what_is_said(pipe):
     for image, text in zip(pipe(texts, seed=0), texts, strict=True)
   ]
   share = {name: np.mean([f[name] for f in found]) for name in found[0]}
-  assert share["count"] > 0.9 and share["colour"] > 0.8, share
-  assert share["all"] > 0.4, share
+  assert share["count"] > 0.95 and share["colour"] > 0.95, share
+  # 0.8 of 300 are right, and of 24 the share has a deviation of 0.08.
+  assert share["all"] > 0.6, share
 
 
 def test_edits(pipe):
@@ -70,4 +71,4 @@ def test_edits(pipe):
     check_caption(image, captions.caption(edit.target))["all"]
     for image, edit in zip(images, edits, strict=True)
   ]
-  assert np.mean(right) >= 0.5 and not any(copied), right
+  assert np.mean(right) >= 0.7 and not any(copied), right

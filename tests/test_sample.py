@@ -136,7 +136,10 @@ def test_a_long_prompt_is_a_warning_of_one_line(loaded, tmp_path, capsys):
     (["--prompts=a", "--num=0"], "at least one image"),
     (["--prompts=a", "--steps=0"], "steps must be at least 1, got 0"),
     (["--prompts=a", "--seed=-1"], "got -1"),
-    (["--prompts=a", "--shift=0"], "shift must be above 0"),
+    (["--prompts=a", "--shift=0"], "shift must lie in"),
+    (["--prompts=a", "--guidance=1e300"], "guidance must lie in"),
+    (["--prompts= "], "a prompt is empty"),
+    (["--prompts=/"], "the prompt '/' is a folder"),
   ],
 )
 def test_sample_mistakes_are_one_line(loaded, tmp_path, arguments, message):
@@ -144,6 +147,25 @@ def test_sample_mistakes_are_one_line(loaded, tmp_path, arguments, message):
     sample.main([*arguments, f"--out={tmp_path / 'out'}"])
   assert "\n" not in stopped.value.code
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [sample, edit])
+def test_mistakes_come_before_a_generator_is_loaded(
+  command, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(TextToImage, "from_pretrained", None)
+  image = save_image(tmp_path / "in.png")
+  start = ["--prompts=a"]
+  if command is edit:
+    start = [f"--image={image}", "--prompt=a"]
+  for wrong, message in (
+    (f"--out={image}", "is a file; give a folder"),
+    (f"--out={image}/a", "is a file; give a folder"),
+    ("--steps=-1", "at least 1"),
+    ("--seed=-1", "got -1"),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      command.main([*start, wrong])
 
 
 def test_an_empty_prompt_file_is_an_error(tmp_path):
@@ -214,6 +236,7 @@ def test_modes_are_made_rgb(tmp_path, mode):
   "arguments, message",
   [
     (["--prompt=a", "--strength=1.5"], r"strength must lie in \[0, 1\]"),
+    (["--instruction= "], "the instruction or prompt is empty"),
     (["--prompt=a", "--image_guidance=2"], "goes with --instruction"),
     (["--instruction=a", "--strength=0.5"], "--strength goes with --prompt"),
     (["--instruction=a", "--num=0"], "at least one result"),
@@ -255,7 +278,8 @@ def test_export_command(pipe, tmp_path, capsys):
   assert "generator (edit" in text and "MiB, bfloat16" in text
   assert (tmp_path / "tuned" / "preprocessor_config.json").is_file()
   provenance = exported.read_config(tmp_path / "out")["provenance"]
-  assert provenance["training"]["train"]["batch_size"] == 64
+  trained = provenance["stages"]["edit"]
+  assert trained["edit"]["train"]["batch_size"] == 64
   shutil.rmtree(vae)  # the export has its own
   assert TextToImage.from_pretrained(tmp_path / "out").stage == "edit"
   with pytest.raises(SystemExit, match="not replaced"):

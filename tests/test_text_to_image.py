@@ -262,9 +262,9 @@ def test_a_long_prompt_is_cut_and_said(pipe):
   [
     ({"steps": 0}, "steps must be at least 1, got 0"),
     ({"steps": 2.5}, "steps must be an integer, got 2.5"),
-    ({"guidance": float("nan")}, "guidance must be a number of at least 0"),
-    ({"guidance": -1}, "guidance must be a number of at least 0, got -1"),
-    ({"shift": 0}, "shift must be above 0, got 0"),
+    ({"guidance": float("nan")}, "guidance must lie in"),
+    ({"guidance": -1}, "guidance must lie in .*, got -1"),
+    ({"shift": 0}, "shift must lie in .*, got 0"),
     ({"solver": "rk4"}, "solver must be one of euler.*got 'rk4'"),
     ({"seed": 0.5}, "seed must be an integer"),
     ({"seed": [1]}, "1 seeds for 3 images"),

@@ -90,6 +90,15 @@ def _check_guidance(config: Config) -> None:
     )
 
 
+def _check_grid(config: Config) -> None:
+  sample = config.sample
+  if sample.grid == "rae" and sample.steps < 2:
+    raise ConfigError(
+      f"config.sample.grid='rae' counts its points as steps: config.sample."
+      f"steps={sample.steps} would leave none to take; 2 is the least"
+    )
+
+
 def edit_rows(section: GeneratorStage) -> int:
   """Edits in a global batch of an edit stage; the rest is text-to-image."""
   return round(section.loss.edit_share * section.train.batch_size)
@@ -145,6 +154,7 @@ GENERATOR_CHECKS: tuple[Callable[[Config], None], ...] = (
   _check_products,
   _check_views,
   _check_guidance,
+  _check_grid,
 )
 
 

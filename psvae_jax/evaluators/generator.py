@@ -92,8 +92,8 @@ class GeneratorEvaluator:
       drawn.first,
       drawn.checks,
       folder,
-      # A time grid has no more points than this.
-      points=min(sample_pictures.POINTS, self._config.sample.steps + 1),
+      # No time grid has fewer points than steps.
+      points=min(sample_pictures.POINTS, self._config.sample.steps),
     )
     return metrics
 

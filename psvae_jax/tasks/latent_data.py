@@ -130,12 +130,28 @@ class LatentData:
       for part in parts:
         self._cached_source(part)
     if known is not None:
+      self._check_stats(known, path)
       return known
     stats = self._measure_stats()
     if jax.process_index() == 0:
       stats.save(path)
     _barrier("latent_stats")
     return stats
+
+  def _check_stats(self, known: LatentStats, path: Path) -> None:
+    """A stage keeps the statistics it began with; of other data is an error.
+
+    The stages after `t2i` see its latents as it did, whatever their own data.
+    """
+    if self._config.stages[0] != "t2i":
+      return
+    wanted = self._viewed("t2i", augmented=False).description
+    if known.data and known.data != wanted:
+      raise ValueError(
+        f"{path} has the latents' statistics of other training data "
+        f"({known.data}) than the config's ({wanted}); take another workdir, "
+        "or delete the file, and with it what was trained on it"
+      )
 
   def _measure_stats(self) -> LatentStats:
     """Of the training images, as they are without augmentation."""
