@@ -30,7 +30,8 @@ channels=N   latent channels; the paper sweeps 32, 48, 64, 80, 96, 112, 256.
 decoder=conv LDM's; the default of "base" and "large", 41.7 M parameters.
 decoder=vit  RAE's kind with overlapping patches; at paper scale as wide and as
              deep as the encoder. The default of the others.
-encoder=NAME folder or Hub id of another DINOv2, or random:ID for a dry run
+encoder=NAME folder or Hub id of another encoder (those of patch 16 want
+             --config.model.image_size=256), or random:ID for a dry run
              without weights, e.g. random:facebook/dinov2-with-registers-base.
              Then --config.perceptual.weights=random:vgg too.
 
