@@ -10,9 +10,9 @@ the one is not forgotten over the other. It starts from the workdir's `t2i`.
 
 Variants
 ""        the embedded miniature: recolour, reshape, resize, add, remove, move.
-          37 minutes on two CPU cores with AMX, cache and evaluation included,
-          to eval/edit_success 0.77 (ceiling 0.96, a copy of the source 0) with
-          eval/joint_accuracy 0.81 (0.80 before).
+          37 minutes on two CPU cores with AMX, a restart, cache and evaluation
+          included, to eval/edit_success 0.77 (ceiling 0.96, a copy of the
+          source 0) with eval/joint_accuracy 0.81 (0.80 before).
 "0.65B"   the paper's budget: 50 000 steps from the workdir's `t2i`, trained by
           configs/t2i.py:0.65B (paper), on triples like OmniEdit's (1.2 M,
           paper) in a folder (--config.data.edits=…), mixed with the captioned

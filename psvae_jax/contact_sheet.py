@@ -119,7 +119,7 @@ def _shorten(line: str, width: int, font: ImageFont.ImageFont) -> str:
   """Cuts what a single long word makes too wide."""
   if font.getlength(line) <= width:
     return line
-  line = line[:width]  # no letter is narrower than a pixel
+  line = line[:width]  # a letter a pixel: each cut below measures it anew
   while line and font.getlength(line + "…") > width:
     line = line[:-1]
   return line + "…"

@@ -202,8 +202,8 @@ def _provenance(workdir: Path, stage: str) -> Mapping[str, Any]:
     "figures": summary.get(stage, {}),
     "versions": summary.get("versions", {}),
     "device": summary.get("device"),
+    "stages": {},
   }
-  found["stages"] = {}
   for name in STAGES:
     path = workdir / name / "config.json"
     if path.is_file():

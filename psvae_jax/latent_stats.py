@@ -45,7 +45,7 @@ class LatentStats:
       least `STD_FLOOR`.
     count: images they are from.
     fingerprint: `latent_fingerprint` of the autoencoder.
-    data: what was encoded, for the reader.
+    data: what was encoded, JSON values; a job on other data refuses them.
   """
 
   mean: np.ndarray

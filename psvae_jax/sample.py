@@ -150,7 +150,7 @@ def read_prompts(given: Sequence[str]) -> list[str]:
 
   Raises:
     FileNotFoundError: what looks like a file's name is none.
-    ValueError: a file is no text, or nothing is left.
+    ValueError: an empty prompt, a folder, a file that is no text or has none.
   """
   prompts = []
   for text in given:

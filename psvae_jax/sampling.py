@@ -342,7 +342,7 @@ class ImageSampler:
     images: np.ndarray | None = None,
   ) -> dict[str, np.ndarray]:
     """Everything with a row an image, as host arrays."""
-    seeds = _check_seeds(seeds)
+    seeds = check_seeds(seeds)
     counts = [len(prompts), len(seeds)]
     rows = {"seeds": seeds}
     if images is not None:
@@ -400,7 +400,12 @@ def _grid(settings: SampleConfig, start: float = 1.0) -> np.ndarray:
   )
 
 
-def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
+def check_seeds(seeds: Sequence[int]) -> np.ndarray:
+  """Seeds as uint32 (N,).
+
+  Raises:
+    ValueError: not integers in [0, 2³²).
+  """
   seeds = np.asarray(seeds)
   if not seeds.size:
     return np.zeros((0,), np.uint32)

@@ -23,7 +23,7 @@ from psvae_jax import saved_generator
 from psvae_jax.config import SampleConfig
 from psvae_jax.pretrained.tokenizer import Tokenizer
 from psvae_jax.samplers import SOLVERS
-from psvae_jax.sampling import ImageSampler
+from psvae_jax.sampling import ImageSampler, check_seeds
 from psvae_jax.saved_generator import SavedGenerator
 
 # A prompt's own length is counted up to here.
@@ -307,8 +307,7 @@ def check_settings(*, seed: int = 0, **settings: Any) -> None:
   Raises:
     ValueError: a value out of range; names it.
   """
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"a seed lies in [0, 2^32), got {seed}")
+  check_seeds([seed])
   strength = settings.pop("strength", None)
   if strength is not None:
     _check_strength(strength)

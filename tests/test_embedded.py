@@ -56,6 +56,19 @@ def test_draws_what_is_said(pipe):
   assert share["all"] > 0.6, share
 
 
+@pytest.mark.slow
+def test_draws_three_hundred_captions(pipe):
+  """The README's figure; three standard errors below it is a failure."""
+  source = SceneSource("validation", 300, 48)
+  texts = [captions.caption(source.scene(i)) for i in range(300)]
+  right = [
+    check_caption(image, text)["all"]
+    for image, text in zip(pipe(texts, seed=0), texts, strict=True)
+  ]
+  print(f"{np.mean(right):.1%} of 300 captions")
+  assert np.mean(right) > 0.75
+
+
 def test_edits(pipe):
   """Recolouring, which a copy of the source never passes."""
   edits = [scene_edits.sample_edit("validation", i) for i in range(120)]

@@ -64,6 +64,12 @@ def test_large_pictures_are_not_enlarged():
   assert contact_sheet.enlarge(np.zeros((100, 100, 3), np.uint8)).width == 200
 
 
+def test_a_long_word_is_cut_at_once():
+  # Letter by letter, from its end, this would take hours.
+  (line,) = contact_sheet._wrap("a" * 200_000, 180)
+  assert line.endswith("…") and 10 < len(line) < 180
+
+
 def test_file_names_are_sensible_and_new(tmp_path):
   (tmp_path / "a-red-circle.png").touch()
   texts = [

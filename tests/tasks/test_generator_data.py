@@ -18,9 +18,10 @@ from psvae_jax.config import parser as config_parser
 from psvae_jax.data import quarantine
 from psvae_jax.data.cached import CachedSource
 from psvae_jax.data.sources import SPLITS
+from psvae_jax.latent_stats import LatentStats
 from psvae_jax.report import pictures
 from psvae_jax.tasks.generator import GeneratorTask
-from psvae_jax.tasks.latent_data import LatentData
+from psvae_jax.tasks.latent_data import STATS_FILE, LatentData
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ class Pixels:
   """Stands where an autoencoder would: nothing here encodes."""
 
   output_size = image_size = 40
+  latent_fingerprint = "ours"
 
 
 def latent_data(raw, workdir):
@@ -115,6 +117,33 @@ def test_held_out_edits_of_a_folder(tmp_path):
     abs(255 - first["source"].astype(int) - first["image"]) > 1
   )
   assert not changed.any()
+
+
+def test_statistics_of_other_data_are_refused(tmp_path):
+  raw = config("t2i", source="scenes", num_train=24)
+  raw.cache.update(enabled=False)
+  description = latent_data(raw, tmp_path)._viewed("t2i", False).description
+  numbers = np.ones(2, np.float32)
+  stats = LatentStats(numbers, numbers, 24, "ours", description)
+  stats.save(tmp_path / STATS_FILE)
+  assert latent_data(raw, tmp_path).prepare(["t2i"]).count == 24
+  for change in ({"num_train": 23}, {"seed": 1}):
+    other = raw.copy_and_resolve_references()
+    other.data.update(change)
+    with pytest.raises(ValueError, match=f"{STATS_FILE} has .* of other"):
+      latent_data(other, tmp_path).prepare(["t2i"])
+    # A later stage keeps to what `t2i` saw, on whatever data.
+    other.stages = ("edit",)
+    assert latent_data(other, tmp_path).prepare(["edit"]).count == 24
+
+
+def test_a_grid_without_a_step_is_an_error():
+  raw = config("t2i", source="scenes")
+  raw.sample.update(grid="rae", steps=2)
+  config_parser.parse(raw)
+  raw.sample.steps = 1
+  with pytest.raises(ConfigError, match="sample.steps=1 would leave none"):
+    config_parser.parse(raw)
 
 
 def test_held_out_classes(tmp_path):
