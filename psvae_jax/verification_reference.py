@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from psvae_jax import torchvision_import
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import save_encoder
@@ -37,6 +38,7 @@ def run(subject: Subject) -> dict[str, np.ndarray]:
       f"{', '.join(_REFERENCES)}; compare with --against=FILE"
     )
   try:
+    torchvision_import.repair()
     import torch
     import transformers
   except ImportError as error:

@@ -64,7 +64,13 @@ def test_metadata(distribution):
   assert re.fullmatch(r"\d+\.\d+\.\d+", distribution.get_version())
   assert "3.11" in distribution.python_requires
   assert "3.10" not in distribution.python_requires
-  assert set(distribution.extras_require) == {"tpu", "cuda", "demo", "test"}
+  assert set(distribution.extras_require) == {
+    "convert",
+    "cuda",
+    "demo",
+    "test",
+    "tpu",
+  }
 
 
 def test_every_folder_with_code_is_a_package(distribution):

