@@ -13,6 +13,7 @@ _PUBLIC = {
   "Encoder": "psvae_jax.pretrained.encoder",
   "PSVAE": "psvae_jax.psvae",
   "TextToImage": "psvae_jax.text_to_image",
+  "load_autoencoder": "psvae_jax.autoencoders",
   "load_encoder": "psvae_jax.pretrained.encoder",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]

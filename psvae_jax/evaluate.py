@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from psvae_jax import cli
+from psvae_jax import cli, memory
 
 USAGE_EXAMPLES = """\
 examples, reconstruction of a data set:
@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_numbers(arguments)
   except ValueError as error:
     cli.fail(cli.one_line(error))
+  memory.keep_freed_memory()
   # After the checks: these imports take seconds.
   from psvae_jax import workdir
   from psvae_jax.checkpoint import CheckpointError
