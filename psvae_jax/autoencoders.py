@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from psvae_jax import exported
 from psvae_jax.config import nearest
 from psvae_jax.evaluators.image_metrics import to_uint8
-from psvae_jax.image_codec import ImageCodec
+from psvae_jax.image_codec import ImageCodec, Program
 from psvae_jax.models.kl_autoencoder import KLAutoencoder, KLConfig
 from psvae_jax.models.rae_autoencoder import RAE, LatentNorm, RAEConfig
 from psvae_jax.pretrained import (
@@ -110,9 +110,6 @@ class ImportedAutoencoder(ImageCodec):
       fingerprint=_digest(self.description, params),
       batch_size=batch_size,
     )
-    # Autoencoders of one architecture share programs.
-    self._encode_fn = functools.partial(_encode, self._model)
-    self._decode_fn = functools.partial(_decode, self._model)
     if image_size is not None:
       self._check_size(image_size, image_size)
       if self._factor is not None:
@@ -164,11 +161,9 @@ class ImportedAutoencoder(ImageCodec):
       f"{self.fingerprint})"
     )
 
-  def _trace_encode(self, params: Any, images: jax.Array) -> jax.Array:
-    return _encode(self._model, params, images)
-
-  def _trace_decode(self, params: Any, z: jax.Array) -> jax.Array:
-    return _decode(self._model, params, z)
+  def _programs(self) -> tuple[Program, Program]:
+    model = self._model
+    return functools.partial(_encode, model), functools.partial(_decode, model)
 
   def _check_size(self, height: int, width: int) -> None:
     factor = self._factor
@@ -184,7 +179,7 @@ class ImportedAutoencoder(ImageCodec):
     return super()._latent_grid() if self._factor is None else None
 
 
-# Modules hash by their fields.
+# Modules hash by their fields: autoencoders of one architecture share programs.
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(module, params, images):
   x = images.astype(jnp.float32) / 127.5 - 1.0
@@ -235,7 +230,7 @@ def load_autoencoder(
   name = os.fspath(path_or_name)
   folder = None
   if not name.startswith(untrained.RANDOM):
-    folder = _find(name)
+    folder = find_folder(name)
     if folder is None:
       return _load_ours(name, batch_size, dtype, image_size, stage)
   if stage is not None:
@@ -258,8 +253,22 @@ def published() -> tuple[str, ...]:
   return (*autoencoder_kl.PUBLISHED, *autoencoder_rae.PUBLISHED)
 
 
-def _find(name: str) -> Path | None:
-  """The folder of another's autoencoder; None if `name` is ours."""
+def find_folder(name: str) -> Path | None:
+  """The folder of another's autoencoder.
+
+  Args:
+    name: a folder with an autoencoder of diffusers', or of a pipeline that has
+      one in "vae"; a hub id of those, of which nothing else is downloaded; or
+      a name of ours.
+
+  Returns:
+    The folder whose config.json has diffusers' "_class_name", "vae" in a
+    pipeline's; None if `name` is ours.
+
+  Raises:
+    FileNotFoundError: there is no such folder, and the hub does not give it.
+    ValueError: a file; or an id of the hub without an autoencoder.
+  """
   path = Path(name).expanduser()
   if name == exported.EMBEDDED:
     return None

@@ -12,7 +12,9 @@ source file and its SHA-256.
 import argparse
 import dataclasses
 import hashlib
+import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +32,8 @@ examples:
     --heads=alex.pth --out=weights/lpips-alex
   python -m psvae_jax.convert inception \\
     --weights=pt_inception-2015-12-05-6726825d.pth --out=weights/inception
+  python -m psvae_jax.convert huggingface \\
+    --weights=vit-mae-base/pytorch_model.bin --out=weights/vit-mae-base
   python -m psvae_jax.convert autoencoder-kl --weights=kl16.ckpt \\
     --name=mar-kl16 --out=weights/mar-kl16
 
@@ -42,6 +46,8 @@ _HEADS = (
   "master/lpips/weights/v0.1/{0}, also lpips/weights/v0.1/{0} in the wheel of "
   "`pip download --no-deps lpips`"
 )
+# Preprocessors, tokenizers and their vocabularies.
+_BESIDE = (".json", ".txt", ".model")
 _CONTAINER = {
   "container": "key of the tensors in --weights, where it has several dicts"
 }
@@ -149,6 +155,24 @@ def _write_autoencoder_kl(folder, paths, options):
   return f"AutoencoderKL ({name or path.name})"
 
 
+def _write_huggingface(folder, paths, options):
+  from psvae_jax.pretrained import files
+
+  path = paths["weights"]
+  raw = files.read_config(path.parent)
+  tensors = _read(path, options.get("container"))
+  # diffusers' files keep their name, transformers' is the other one.
+  stem = "model" if path.stem == "pytorch_model" else path.stem
+  files.write_safetensors(folder / f"{stem}.safetensors", tensors)
+  config = json.dumps({**raw, **_sources(paths)}, indent=2) + "\n"
+  (folder / "config.json").write_text(config)
+  for other in sorted(path.parent.iterdir()):
+    if other.suffix in _BESIDE and not (folder / other.name).exists():
+      if other.is_file() and not other.name.endswith(".index.json"):
+        shutil.copyfile(other, folder / other.name)
+  return f"{raw.get('model_type') or raw.get('_class_name') or 'a network'}"
+
+
 KINDS = {
   "vgg16": Kind(
     "LPIPS with VGG16: torchvision's classifier, the lpips package's heads",
@@ -180,6 +204,17 @@ KINDS = {
     },
     _CONTAINER,
     _write_inception,
+  ),
+  "huggingface": Kind(
+    "a folder of the Hugging Face hub whose tensors are in a .bin file",
+    {
+      "weights": "pytorch_model.bin, or diffusion_pytorch_model.bin, in one "
+      "piece and with config.json beside it, e.g. of "
+      "https://huggingface.co/facebook/vit-mae-base. Tokenizer and "
+      "preprocessor files beside it are copied",
+    },
+    _CONTAINER,
+    _write_huggingface,
   ),
   "autoencoder-kl": Kind(
     "an autoencoder in LDM's layout, as a diffusers AutoencoderKL folder",

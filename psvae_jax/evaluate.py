@@ -252,8 +252,7 @@ def check(arguments: argparse.Namespace) -> None:
     raise ValueError(
       "made images are compared with --reference; --data is for --models"
     )
-  if arguments.models and (arguments.prompts or arguments.clip):
-    raise ValueError("--clip and --prompts are for --generated")
+  _check_idle(arguments)
   if arguments.prompts and not arguments.clip:
     raise ValueError("--prompts needs --clip, the network of the CLIP score")
   for flag in ("models", "generated"):
@@ -267,6 +266,29 @@ def check(arguments: argparse.Namespace) -> None:
       "made images need a network to be measured with: --inception, --dinov2 "
       "or --clip"
     )
+
+
+def _check_idle(arguments: argparse.Namespace) -> None:
+  """Refuses flags that would change nothing."""
+  if arguments.with_images:
+    raise ValueError("--with_images is for --write_reference")
+  if arguments.models and (arguments.prompts or arguments.clip):
+    raise ValueError("--clip and --prompts are for --generated")
+  has_features = arguments.inception or arguments.dinov2
+  if arguments.reference and not has_features:
+    raise ValueError("--reference needs --inception or --dinov2")
+  if arguments.num_reference and not arguments.reference:
+    raise ValueError("--num_reference needs --reference")
+  if arguments.generated:
+    idle = {
+      "num": arguments.num,
+      "lpips": arguments.lpips,
+      "precision": arguments.precision,
+      "rounding": arguments.rounding != "round",
+    }
+    for flag, given in idle.items():
+      if given:
+        raise ValueError(f"--{flag} is for --models, not for --generated")
 
 
 def _check_reference(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Compiled: parameters and a batch → a batch.
+Program = Callable[[Any, jax.Array], jax.Array]
+
 
 class ImageCodec(abc.ABC):
   """Encodes and decodes with fixed parameters.
@@ -47,8 +50,7 @@ class ImageCodec(abc.ABC):
     self.fingerprint = fingerprint
     self.batch_size = batch_size
     self._params = jax.device_put(params)
-    self._encode_fn = jax.jit(self._trace_encode)
-    self._decode_fn = jax.jit(self._trace_decode)
+    self._encode_fn, self._decode_fn = self._programs()
 
   @property
   def params(self) -> dict[str, Any]:
@@ -76,12 +78,13 @@ class ImageCodec(abc.ABC):
     """Side h = w of the latent grid."""
 
   @abc.abstractmethod
-  def _trace_encode(self, params: Any, images: jax.Array) -> jax.Array:
-    """uint8 (B, H, W, 3) → float32 (B, h, w, C); pure."""
+  def _programs(self) -> tuple[Program, Program]:
+    """What encodes and decodes a batch; asked for once.
 
-  @abc.abstractmethod
-  def _trace_decode(self, params: Any, z: jax.Array) -> jax.Array:
-    """float32 (B, h, w, C) → uint8 (B, H, W, 3); pure."""
+    Returns:
+      uint8 (B, H, W, 3) → float32 (B, h, w, C), and that → uint8
+      (B, H, W, 3).
+    """
 
   def encode(self, images: np.ndarray | jax.Array) -> np.ndarray:
     """Images → mean of the posterior.

@@ -22,7 +22,7 @@ from psvae_jax import checkpoint, exported
 from psvae_jax.config import AutoencoderModel, Config
 from psvae_jax.config import parser as config_parser
 from psvae_jax.evaluators.image_metrics import to_uint8
-from psvae_jax.image_codec import ImageCodec
+from psvae_jax.image_codec import ImageCodec, Program
 from psvae_jax.models import autoencoder as model_lib
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import Encoder, load_encoder
@@ -156,6 +156,9 @@ class PSVAE(ImageCodec):
       f"PSVAE({self.stage}, {self.output_size}×{self.output_size} pixels ↔ "
       f"{self.grid}×{self.grid}×{self.channels}, {self.fingerprint})"
     )
+
+  def _programs(self) -> tuple[Program, Program]:
+    return jax.jit(self._trace_encode), jax.jit(self._trace_decode)
 
   def _trace_features(self, params: Any, images: jax.Array) -> jax.Array:
     x = images.astype(jnp.float32) / 127.5 - 1.0

@@ -165,7 +165,7 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     if path.is_dir():
       raise ValueError(f"the prompt {text!r} is a folder; give text, or a file")
     try:
-      lines = path.read_text(encoding="utf-8").splitlines()
+      lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
       raise ValueError(f"the prompt file {text!r} is not UTF-8 text") from error
     prompts += [line.strip() for line in lines if line.strip()]

@@ -1,9 +1,9 @@
 """What a network is and what it computes, in figures that can be compared.
 
 Every kind of network gets the same small input, the same on every machine:
-pictures of the embedded data set and scikit-image's, and a few texts. Of each
-output there are a norm, a spread and its first numbers, so that two programs,
-or two machines, can be compared without exchanging arrays.
+pictures of the embedded data set and scikit-image's, a few texts, or token ids.
+Of each output there are a norm, a spread and its first numbers, so that two
+programs, or two machines, can be compared without exchanging arrays.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from psvae_jax.pretrained.untrained import RANDOM
 
 TEXTS = ("a red circle", "two dogs on a beach, at sunset", "")
 TOKENS = 32  # of a text
+_ROWS, _STRIDE = 2, 7919  # of token ids: all over a vocabulary
 
 _LARGE = 500  # pixels: DINOv2 was published for 518, and is used at 224
 _SIDE = 224
@@ -33,7 +34,11 @@ _MODEL_TYPES = {
   "fid_inception": "inception",
   "t5": "text",
   "clip": "clip",
+  "clip_text_model": "clip_text",
+  "qwen2": "qwen2",
 }
+_DINO = "vit"
+_NO_DINO = "is DINO, the discriminator's network, which verify does not cover"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,14 +46,16 @@ class Inputs:
   """What a network is shown.
 
   Attributes:
-    names: of pictures or texts, for people.
+    names: of pictures, texts or rows of tokens, for people.
     pictures: uint8 (N, S, S, 3); None of a text encoder.
     texts: likewise; None of what sees pictures only.
+    tokens: int32 (N, L) ids; None of all but a language model.
   """
 
   names: tuple[str, ...]
   pictures: np.ndarray | None = None
   texts: tuple[str, ...] | None = None
+  tokens: np.ndarray | None = None
 
   def describe(self) -> dict[str, Any]:
     """Names, shape and checksum."""
@@ -60,6 +67,9 @@ class Inputs:
     if self.texts is not None:
       out["texts"] = list(self.texts)
       digest.update("\n".join(self.texts).encode())
+    if self.tokens is not None:
+      out["shape"] = list(self.tokens.shape)
+      digest.update(self.tokens.astype("<i4").tobytes())
     return {**out, "sha256": digest.hexdigest()[:16]}
 
 
@@ -110,14 +120,22 @@ def make_inputs(size: int) -> Inputs:
   return Inputs(tuple(names), np.stack(pictures))
 
 
+def make_tokens(vocab_size: int) -> Inputs:
+  """The fixed token ids of a vocabulary."""
+  ids = np.arange(_ROWS * TOKENS) * _STRIDE % vocab_size
+  names = tuple(f"tokens {i}" for i in range(_ROWS))
+  return Inputs(names, tokens=ids.reshape(_ROWS, TOKENS).astype(np.int32))
+
+
 def find_kind(name: str) -> str:
   """Which kind of network a folder or id is.
 
   Raises:
-    ValueError: its config.json says nothing of it.
+    ValueError: its config.json says nothing of it, or says that it is DINO.
     FileNotFoundError: there is no such folder, or the hub does not give it.
   """
   from psvae_jax import exported
+  from psvae_jax.pretrained import dino
 
   plain = name.removeprefix(RANDOM)
   if plain == exported.EMBEDDED:
@@ -125,6 +143,8 @@ def find_kind(name: str) -> str:
   kinds = _published()
   if plain in kinds:
     return kinds[plain]
+  if plain in dino.PUBLISHED:
+    raise ValueError(f"{name} {_NO_DINO}")
   if name.startswith(RANDOM):
     raise ValueError(f"no network {name!r}; {nearest(plain, kinds)}")
   folder = files.resolve_folder(name, ("config.json", "vae/config.json"))
@@ -141,6 +161,10 @@ def find_kind(name: str) -> str:
       f"{folder / 'config.json'} has no model_type that says what it is; "
       f"give --kind, one of {', '.join(KINDS)}"
     )
+  if model_type == _DINO:
+    raise ValueError(
+      f"{folder / 'config.json'}: model_type {model_type!r} {_NO_DINO}"
+    )
   return _MODEL_TYPES.get(model_type, "encoder")
 
 
@@ -148,11 +172,12 @@ def _published() -> dict[str, str]:
   """Kind of every id whose architecture is known without its files."""
   from psvae_jax import autoencoders
   from psvae_jax.models.lpips import NETWORKS
-  from psvae_jax.pretrained import architectures, clip_text, text_shapes
+  from psvae_jax.pretrained import architectures, clip_text, qwen2, text_shapes
 
   kinds = {
     "encoder": architectures.PUBLISHED,
     "clip": clip_text.PUBLISHED,  # both halves, where both are known
+    "qwen2": qwen2.PUBLISHED,
     "text": text_shapes.PUBLISHED,
     "autoencoder": autoencoders.published(),
     "lpips": NETWORKS,
@@ -221,11 +246,7 @@ def _text(name: str, size: int | None) -> Subject:
   encoder = load_text_encoder(name, max_length=TOKENS)
 
   def run():
-    features, mask = jax.device_get(encoder(TEXTS))
-    return {
-      f"features of {text!r}": np.asarray(one[seen], np.float32)
-      for text, one, seen in zip(TEXTS, features, mask, strict=True)
-    }
+    return of_texts(*jax.device_get(encoder(TEXTS)))
 
   return Subject(
     "text",
@@ -237,6 +258,19 @@ def _text(name: str, size: int | None) -> Subject:
     run,
     encoder,
   )
+
+
+def of_texts(features: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+  """Outputs of `TEXTS`: features of each one's own tokens.
+
+  Args:
+    features: (B, L, D), a row for each text.
+    mask: (B, L) bool, False where padded.
+  """
+  return {
+    f"features of {text!r}": np.asarray(one[seen], np.float32)
+    for text, one, seen in zip(TEXTS, features, mask, strict=True)
+  }
 
 
 def _clip(name: str, size: int | None) -> Subject:
@@ -261,6 +295,55 @@ def _clip(name: str, size: int | None) -> Subject:
     inputs,
     run,
     model,
+  )
+
+
+def _clip_text(name: str, size: int | None) -> Subject:
+  from psvae_jax.pretrained.clip_text import load_clip_text
+
+  del size
+  if name.startswith(RANDOM):
+    raise ValueError(f"{name} has no tokenizer; give a folder or an id")
+  encoder = load_clip_text(name)
+
+  def run():
+    features, mask = jax.device_get(encoder(TEXTS))
+    return {
+      "text_embeds": np.asarray(encoder.embed(TEXTS)),
+      **of_texts(features, mask),
+    }
+
+  return Subject(
+    "clip_text",
+    name,
+    _plain(encoder.module.config),
+    encoder.params,
+    encoder.fingerprint,
+    Inputs(TEXTS, texts=TEXTS),
+    run,
+    encoder,
+  )
+
+
+def _qwen2(name: str, size: int | None) -> Subject:
+  from psvae_jax.pretrained.qwen2 import load_qwen2
+
+  del size
+  backbone = load_qwen2(name, token_embedding=True)
+  inputs = make_tokens(backbone.module.config.vocab_size)
+
+  def run():  # without a mask it is causal, as text's is
+    return {"features": np.asarray(backbone(backbone.embed(inputs.tokens)))}
+
+  return Subject(
+    "qwen2",
+    name,
+    _plain(backbone.module.config),
+    backbone.params,
+    backbone.fingerprint,
+    inputs,
+    run,
+    backbone,
   )
 
 
@@ -355,6 +438,8 @@ KINDS: dict[str, Callable[[str, int | None], Subject]] = {
   "encoder": _encoder,
   "text": _text,
   "clip": _clip,
+  "clip_text": _clip_text,
+  "qwen2": _qwen2,
   "autoencoder": _autoencoder,
   "lpips": _lpips,
   "inception": _inception,

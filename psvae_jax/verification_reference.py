@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from psvae_jax import torchvision_import
+from psvae_jax import autoencoders, torchvision_import
 from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import save_encoder
 from psvae_jax.pretrained.untrained import RANDOM
-from psvae_jax.verification import TEXTS, TOKENS, Subject
+from psvae_jax.verification import TEXTS, TOKENS, Subject, of_texts
 
 
 def run(subject: Subject) -> dict[str, np.ndarray]:
@@ -142,23 +142,29 @@ def _encoder(subject: Subject) -> dict[str, np.ndarray]:
 def _text(subject: Subject) -> dict[str, np.ndarray]:
   import transformers
 
-  tokenizer = transformers.AutoTokenizer.from_pretrained(subject.name)
   model = transformers.T5EncoderModel.from_pretrained(subject.name).eval()
+  given = _tokenize(subject, TOKENS)
+  return _features_of_texts(model(**given), given)
+
+
+def _tokenize(subject: Subject, length: int) -> dict[str, Any]:
+  """Ids and mask of `TEXTS`, both (B, length)."""
+  import transformers
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(subject.name)
   given = tokenizer(
     list(TEXTS),
     padding="max_length",
     truncation=True,
-    max_length=TOKENS,
+    max_length=length,
     return_tensors="pt",
   )
-  features = model(
-    input_ids=given["input_ids"], attention_mask=given["attention_mask"]
-  ).last_hidden_state.numpy()
-  masks = given["attention_mask"].numpy().astype(bool)
-  return {
-    f"features of {text!r}": one[seen]
-    for text, one, seen in zip(TEXTS, features, masks, strict=True)
-  }
+  return {name: given[name] for name in ("input_ids", "attention_mask")}
+
+
+def _features_of_texts(out: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  mask = given["attention_mask"].numpy().astype(bool)
+  return of_texts(out.last_hidden_state.numpy(), mask)
 
 
 def _clip(subject: Subject) -> dict[str, np.ndarray]:
@@ -184,10 +190,39 @@ def _clip(subject: Subject) -> dict[str, np.ndarray]:
   }
 
 
+def _clip_text(subject: Subject) -> dict[str, np.ndarray]:
+  import torch
+  import transformers
+
+  projected = subject.network.module.config.projection_dim is not None
+  kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+  model = getattr(transformers, kind).from_pretrained(
+    subject.name, dtype=torch.float32
+  )
+  given = _tokenize(subject, subject.network.max_length)
+  out = model.eval()(**given)
+  embeds = out.text_embeds if projected else out.pooler_output
+  return {"text_embeds": embeds.numpy(), **_features_of_texts(out, given)}
+
+
+def _qwen2(subject: Subject) -> dict[str, np.ndarray]:
+  import torch
+  import transformers
+
+  if subject.name.startswith(RANDOM):
+    raise ValueError("--reference needs a folder or an id of Qwen2.5")
+  # Published in bfloat16, in which transformers would compute.
+  model = transformers.Qwen2Model.from_pretrained(
+    subject.name, dtype=torch.float32
+  )
+  ids = torch.from_numpy(subject.inputs.tokens).long()
+  return {"features": model.eval()(input_ids=ids).last_hidden_state.numpy()}
+
+
 def _autoencoder(subject: Subject) -> dict[str, np.ndarray]:
   folder = None
   if not subject.name.startswith(RANDOM):
-    folder = files.resolve_folder(subject.name, ("*.json", "*.safetensors"))
+    folder = autoencoders.find_folder(subject.name)
   kind = folder and files.read_config(folder).get("_class_name")
   if kind != "AutoencoderKL":
     raise ValueError(
@@ -212,5 +247,7 @@ _REFERENCES: dict[str, Callable[[Subject], dict[str, np.ndarray]]] = {
   "encoder": _encoder,
   "text": _text,
   "clip": _clip,
+  "clip_text": _clip_text,
+  "qwen2": _qwen2,
   "autoencoder": _autoencoder,
 }

@@ -33,7 +33,16 @@ are installed. The exit code is 0 if all agree, 1 if not. float32 is rounded on
 accelerators unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
 """
 
-_KINDS = ("encoder", "text", "clip", "autoencoder", "lpips", "inception")
+_KINDS = (
+  "encoder",
+  "text",
+  "clip",
+  "clip_text",
+  "qwen2",
+  "autoencoder",
+  "lpips",
+  "inception",
+)
 # Of lengths along the last axis; the rest are of single numbers.
 _LENGTHS = ("norm", "norm_std")
 _AVERAGES = ("mean", "std")
@@ -214,7 +223,7 @@ def _write_pictures(inputs: Any, folder: Path) -> None:
   from PIL import Image
 
   if inputs.pictures is None:
-    raise ValueError("--pictures: this network is shown texts alone")
+    raise ValueError("--pictures: this network is shown none")
   folder.mkdir(parents=True, exist_ok=True)
   for name, picture in zip(inputs.names, inputs.pictures, strict=True):
     stem = Path(name).stem.replace(" ", "-")

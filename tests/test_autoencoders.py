@@ -15,6 +15,7 @@ from psvae_jax.autoencoders import (
   load_autoencoder,
   published,
 )
+from psvae_jax.models.kl_autoencoder import KLAutoencoder
 from psvae_jax.pretrained import autoencoder_kl, autoencoder_rae
 
 NAMES = ("sd", "flux", "rae")
@@ -151,6 +152,23 @@ def test_identity(made, kl):
   params["quant_conv"]["bias"] += 1
   other = ImportedAutoencoder(config, params, name="other")
   assert other.latent_fingerprint != kl.latent_fingerprint
+
+
+def test_one_architecture_shares_programs(made, kl, monkeypatch):
+  images = tiny_diffusers.images(4, 16, 16)
+  expected = kl.reconstruct(images)
+  config, params = autoencoder_kl.read_folder(made["sd"][1])
+
+  def traced(*_):
+    raise AssertionError("compiled again")
+
+  monkeypatch.setattr(KLAutoencoder, "encode", traced)
+  monkeypatch.setattr(KLAutoencoder, "decode", traced)
+  same = ImportedAutoencoder(config, params, name="same", batch_size=4)
+  np.testing.assert_array_equal(same.reconstruct(images), expected)
+  params["decoder"]["conv_out"]["bias"] += 1  # parameters are its own
+  other = ImportedAutoencoder(config, params, name="other", batch_size=4)
+  assert other.reconstruct(images).mean() > expected.mean() + 10
 
 
 def test_a_pipeline_s_folder(made, kl, tmp_path):

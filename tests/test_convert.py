@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from psvae_jax import convert as command
 from psvae_jax.models.kl_autoencoder import KLConfig
@@ -17,6 +18,7 @@ from psvae_jax.pretrained import (
   mapping,
   untrained,
 )
+from psvae_jax.pretrained.encoder import load_encoder
 
 torch = pytest.importorskip("torch")
 
@@ -157,6 +159,25 @@ def test_an_autoencoder_of_ldm_is_converted(tmp_path):
     options = {"weights": weights, "name": "mar-kl16"}
     command.main(arguments("autoencoder-kl", options, tmp_path / "other"))
   assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_of_the_hub_is_converted(tmp_path):
+  source = tiny.save_encoder(tmp_path / "hub")
+  before = load_encoder(source)
+  save(source / "pytorch_model.bin", files.read_safetensors(source))
+  (source / "model.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match="psvae_jax.convert huggingface"):
+    load_encoder(source)
+  out, paths = tmp_path / "out", {"weights": source / "pytorch_model.bin"}
+  said = command.convert("huggingface", paths, out)
+  after = load_encoder(out)
+  assert said == "dinov2_with_registers"
+  assert after.fingerprint == before.fingerprint
+  names = {path.name for path in source.iterdir()} - {"pytorch_model.bin"}
+  assert {path.name for path in out.iterdir()} == names | {"model.safetensors"}
+  (source / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match="config.json"):
+    command.convert("huggingface", paths, tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", [None, *command.KINDS])

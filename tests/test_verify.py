@@ -1,6 +1,7 @@
 """Figures of a network: right, repeatable, and compared by the command."""
 
 import copy
+import functools
 import json
 import re
 import shutil
@@ -194,14 +195,113 @@ def test_levels_may_be_rounded_up_and_down():
   assert found["y"] == float("inf")
 
 
-@pytest.mark.parametrize("which", ["encoder", "text"])
-def test_reference(folder, which, capsys):
+def save_qwen2(folder):
+  transformers = vision_reference.import_transformers()
+  config = transformers.Qwen2Config(
+    vocab_size=37,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+  )
+  model = transformers.Qwen2ForCausalLM(config)
+  vision_reference.randomise(model).save_pretrained(folder)
+  return folder
+
+
+def save_clip_text(folder, kind):
+  reference = pytest.importorskip("clip_reference")
+  transformers = reference.transformers
+  config = transformers.CLIPTextConfig(**reference.text_config())
+  model = reference.randomise(getattr(transformers, kind)(config))
+  model.save_pretrained(folder)
+  reference.tokenizer().save_pretrained(folder)
+  return folder
+
+
+@pytest.fixture(name="saved", scope="module")
+def _saved(folder, tmp_path_factory):
+  """Name → folder; made when it is asked for."""
+
+  @functools.cache
+  def save(which):
+    if which == "encoder":
+      return folder
+    if which == "text":
+      return EMBEDDED_TEXT_ENCODER
+    new = tmp_path_factory.mktemp(which)
+    return save_qwen2(new) if which == "Qwen2" else save_clip_text(new, which)
+
+  return save
+
+
+@pytest.mark.parametrize(
+  "which, kind, count",
+  [
+    ("encoder", "encoder", 1),
+    ("text", "text", 3),
+    ("CLIPTextModel", "clip_text", 4),
+    ("CLIPTextModelWithProjection", "clip_text", 4),
+    ("Qwen2", "qwen2", 1),
+  ],
+)
+def test_reference(saved, which, kind, count, capsys):
   vision_reference.import_transformers()
-  name = {"encoder": folder, "text": EMBEDDED_TEXT_ENCODER}[which]
-  text = run(capsys, name, "--reference")
+  text = run(capsys, saved(which), "--reference")
+  assert f": {kind}, " in text
   found = re.findall(r"differs by (\S+) from the reference", text)
-  assert len(found) == (1 if which == "encoder" else 3)
+  assert len(found) == count
   assert all(float(value) < 1e-5 for value in found)
+
+
+def test_a_pipeline_s_autoencoder_and_nothing_else(
+  tmp_path, monkeypatch, capsys
+):
+  """Of gigabytes, the reference wants what the loader wanted."""
+  huggingface_hub = pytest.importorskip("huggingface_hub")
+  diffusers = pytest.importorskip("tiny_diffusers")
+  diffusers.kl("sd").save_pretrained(tmp_path / "vae")
+  (tmp_path / "model_index.json").write_text("{}")
+  asked = []
+
+  def download(name, allow_patterns):
+    asked.extend(allow_patterns)
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  text = run(capsys, "somebody/pipeline", "--reference", "--tolerance=1e-4")
+  assert "latents: differs by" in text
+  assert "reconstructions: differs by" in text
+  assert "vae/diffusion_pytorch_model.safetensors" in asked
+  # Not all that ends so: other networks of the pipeline, half precision.
+  assert not any(re.search(r"(^|/)\*", pattern) for pattern in asked)
+  with pytest.raises(ValueError, match="AutoencoderKL alone; embedded is none"):
+    verification_reference.run(verification.load("embedded"))
+
+
+def test_tokens_are_fixed(saved, capsys):
+  first, second = (verification.make_tokens(500) for _ in range(2))
+  assert first.describe() == second.describe()
+  assert first.tokens.shape == (2, 32) and 0 <= first.tokens.min()
+  assert first.tokens.max() < 500 and len(np.unique(first.tokens)) == 64
+  assert first.describe() != verification.make_tokens(501).describe()
+  report = json.loads(run(capsys, saved("Qwen2"), "--json"))
+  assert report["inputs"]["shape"] == [2, 32]
+  assert report["outputs"]["features"]["shape"] == [2, 32, 24]
+  assert set(report["modules"]) == {"embed", "blocks", "final_norm"}
+  fails("--pictures: .* shown none", saved("Qwen2"), "--pictures=pictures")
+
+
+def test_features_of_tokens_see_what_came_before_alone(saved):
+  subject = verification.load(saved("Qwen2"))
+  before = subject.run()["features"]
+  tokens = subject.inputs.tokens
+  tokens[:, 20] = (tokens[:, 20] + 1) % 37
+  after = subject.run()["features"]
+  np.testing.assert_array_equal(before[:, :20], after[:, :20])
+  assert (np.abs(after - before).max(axis=2)[:, 20:] > 1e-4).all()
 
 
 def test_reference_that_differs(folder, monkeypatch):
@@ -224,6 +324,8 @@ def test_reference_that_differs(folder, monkeypatch):
     ({"model_type": "dinov2"}, "encoder"),
     ({"model_type": "t5"}, "text"),
     ({"model_type": "clip"}, "clip"),
+    ({"model_type": "clip_text_model"}, "clip_text"),
+    ({"model_type": "qwen2"}, "qwen2"),
     ({"model_type": "lpips"}, "lpips"),
     ({"model_type": "fid_inception"}, "inception"),
     ({"_class_name": "AutoencoderKL"}, "autoencoder"),
@@ -243,6 +345,7 @@ def test_kinds_of_names():
     "random:inception": "inception",
     "random:facebook/dinov2-base": "encoder",
     "random:openai/clip-vit-base-patch32": "clip",
+    "random:Qwen/Qwen2.5-0.5B": "qwen2",
     "random:stabilityai/sd-vae-ft-ema": "autoencoder",
   }
   assert {name: verification.find_kind(name) for name in names} == names
@@ -261,6 +364,11 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
   fails("config.json is missing", empty)
   (empty / "config.json").write_text("{}")
   fails("has no model_type.*--kind", empty)
+  (empty / "config.json").write_text('{"model_type": "vit"}')
+  for name in (empty, "facebook/dino-vits8", "random:facebook/dino-vits8"):
+    fails("DINO, .* which verify does not cover", name)
+  name = "random:openai/clip-vit-base-patch32"
+  fails("has no tokenizer; give a folder", name, "--kind=clip_text")
   fails("must be positive", folder, "--tolerance=0")
   fails("must be in", folder, "--size=2")
   fails("knows no other program for 'lpips'", "random:alex", "--reference")

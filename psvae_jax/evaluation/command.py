@@ -26,7 +26,6 @@ from psvae_jax.evaluation.figures import Evaluation
 from psvae_jax.evaluation.image_sets import ImageSet
 from psvae_jax.evaluation.networks import Networks
 from psvae_jax.evaluation.references import Reference, Settings
-from psvae_jax.evaluators.feature_networks import FeatureExtractor
 from psvae_jax.evaluators.reference_npz import (
   POOL,
   ReferenceFile,
@@ -136,8 +135,7 @@ def _write_reference(
     raise ValueError(f"--write_reference={path}: the file's name ends in .npz")
   images = _open(arguments, arguments.data, out, arguments.size, arguments.num)
   given = _networks(arguments)
-  extractor = FeatureExtractor(given.features, mesh)
-  found = references.of_images(images, given, settings, mesh, extractor)
+  found = references.of_images(images, given, settings, mesh)
   protocol = {
     **found.protocol,
     "networks": given.identity(),
@@ -196,7 +194,6 @@ def _reference(
     given,
     settings,
     mesh,
-    FeatureExtractor(given.features, mesh),
     rows=rows,
   )
   if stored is None:
@@ -211,6 +208,7 @@ def _reference(
     },
     made.count,
     made.bad,
+    stored.notes,
   )
 
 

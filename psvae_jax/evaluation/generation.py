@@ -19,7 +19,7 @@ from psvae_jax.evaluation.networks import Networks, kind_of, network_of
 from psvae_jax.evaluation.reconstruction import note_few
 from psvae_jax.evaluation.references import Reference, Settings
 from psvae_jax.evaluators import inception_score
-from psvae_jax.evaluators.feature_networks import FeatureExtractor
+from psvae_jax.evaluators.clip_score import clip_score
 from psvae_jax.evaluators.frechet import frechet_distance
 from psvae_jax.evaluators.kernel_distance import kernel_distance
 from psvae_jax.evaluators.precision_recall import precision_recall
@@ -76,7 +76,8 @@ def read_prompts(path: str, images: ImageSet) -> Prompts:
   if not file.is_file():
     raise FileNotFoundError(f"the prompt file {path!r} does not exist")
   try:
-    texts = file.read_text(encoding="utf-8").splitlines()
+    # Universal newlines; splitlines would also cut at others, U+2028 say.
+    texts = file.read_text(encoding="utf-8").split("\n")
   except UnicodeDecodeError as error:
     raise ValueError(f"the prompt file {path!r} is not UTF-8 text") from error
   while texts and not texts[-1].strip():
@@ -118,14 +119,13 @@ def evaluate(
     ValueError: too few images; see `passes.run`.
   """
   prompts = prompts or {}
-  extractor = FeatureExtractor(networks.features, mesh)
   found = Evaluation(KIND, {})
   found.left_out |= networks.missing(FIGURES)
+  for text in reference.notes if reference else ():
+    found.note(text)
   results = {}
   for images in sets:
-    result = _run(
-      images, networks, settings, mesh, extractor, prompts.get(images.name)
-    )
+    result = _run(images, networks, settings, mesh, prompts.get(images.name))
     results[images.name] = result
     found.rows[images.name] = _row(
       images.name, result, networks, settings, mesh, reference, found
@@ -166,9 +166,9 @@ def _run(
   networks: Networks,
   settings: Settings,
   mesh: Mesh,
-  extractor: FeatureExtractor,
   prompts: Prompts | None,
 ) -> passes.Result:
+  extractor = networks.extractor(mesh)
   has_pool = networks.inception is not None
   identity: dict[str, Any] = {"networks": networks.identity()}
   similarity = None
@@ -196,7 +196,7 @@ def _run(
 
 
 class _ClipStep:
-  """100 · max(cos, 0) of images and their prompts."""
+  """CLIP scores of images and their prompts."""
 
   def __init__(self, clip: Any, prompts: Prompts, mesh: Mesh) -> None:
     self._clip, self._mesh = clip, mesh
@@ -222,7 +222,7 @@ class _ClipStep:
   def _trace(self, params: Any, pixels: jax.Array, texts: jax.Array):
     with jax.default_matmul_precision("highest"):
       embeds = self._clip.embed_pixels(params, pixels)
-    return 100.0 * jax.numpy.maximum((embeds * texts).sum(-1), 0.0)
+    return clip_score(embeds, texts)
 
   def _embed(self, texts: Sequence[str]) -> np.ndarray:
     size = min(_TEXTS, len(texts))
@@ -257,7 +257,10 @@ def _row(
         f"{inception_score.SPLITS} splits"
       )
     else:
-      row["inception_score"], row["inception_score_std"] = score.result()
+      try:
+        row["inception_score"], row["inception_score_std"] = score.result()
+      except ValueError as error:  # a split without a readable image
+        found.left_out["inception_score"] = f"{name}: {error}"
   if reference is None:
     found.left_out |= {
       key: "--reference was not given"
@@ -339,9 +342,13 @@ def _explain(
   details: dict[str, Any] = {}
   if reference is not None:
     rows = reference.rows.get(POOL, ())
-    size = min(settings.kid_subset_size, fewest, len(rows))
+    sizes = {
+      name: min(settings.kid_subset_size, count, len(rows))
+      for name, count in counts.items()
+    }
     details["kid"] = {
-      "subsets": f"{settings.kid_subsets} of {size}",
+      "subsets": settings.kid_subsets,
+      "subset_size": sizes,
       "seed": settings.seed,
     }
     ball = {"neighbours": settings.neighbours, "reference_images": len(rows)}
@@ -359,7 +366,7 @@ def _explain(
         "dimensions": len(mean),
         "reference_count": count or "not stated",
       }
-      note_few(found, fewest, len(mean))
+      note_few(found, min(fewest, count or fewest), len(mean))
     if key == "clip_score":
       extra |= {
         "clip": networks.clip.name,

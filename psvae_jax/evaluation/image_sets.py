@@ -9,6 +9,7 @@ fingerprint changes when its files do.
 import dataclasses
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,7 @@ def _open(
     text = f"{source!r}"
   elif name.endswith(".npz"):
     file = ReferenceFile(Path(name).expanduser())
-    status = file.path.stat()
-    text = f"npz {file.num_images} {status.st_size} {status.st_mtime_ns}"
+    text = _npz_fingerprint(file.path)
     # Not guarded: of an array no image is broken by itself.
     return file.images(), text, file.labels()
   else:
@@ -256,9 +256,22 @@ def _open(
   return source, text, labels
 
 
+def _npz_fingerprint(path: Path) -> str:
+  """Of its place, time, and the checksums that the file has of its arrays.
+
+  Sets of as many images are files of one size, and archives unpack with one
+  time: only the checksums tell them apart.
+  """
+  with zipfile.ZipFile(path) as archive:
+    sums = sorted((i.filename, i.CRC) for i in archive.infolist())
+  status = path.stat()
+  return f"npz {path.resolve()} {status.st_size} {status.st_mtime_ns} {sums}"
+
+
 def _files_fingerprint(source: folder.FolderSource) -> str:
-  """Of names, sizes and times of all files: one look at each."""
-  digest = hashlib.sha256()
+  """Of place, names, sizes and times of all files: one look at each."""
+  place = os.path.realpath(source.root)
+  digest = hashlib.sha256(place.encode("utf-8", "surrogateescape"))
   for index in range(len(source)):
     path = source.path(index)
     try:

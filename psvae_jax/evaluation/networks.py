@@ -4,8 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from psvae_jax.evaluators import feature_networks
-from psvae_jax.evaluators.feature_networks import FeatureNetwork
+from psvae_jax.evaluators.feature_networks import (
+  FeatureExtractor,
+  FeatureNetwork,
+)
 from psvae_jax.evaluators.reference_npz import POOL, SPATIAL
 
 # Flag → figures that need it.
@@ -36,6 +41,10 @@ class Networks:
     clip: a `pretrained.clip.Clip`.
   """
 
+  _extractors: dict[Mesh, FeatureExtractor] = dataclasses.field(
+    default_factory=dict, init=False, repr=False
+  )
+
   inception: FeatureNetwork | None = None
   dinov2: FeatureNetwork | None = None
   lpips: Any = None
@@ -45,6 +54,12 @@ class Networks:
   def features(self) -> list[FeatureNetwork]:
     """Those that give features of an image."""
     return [n for n in (self.inception, self.dinov2) if n is not None]
+
+  def extractor(self, mesh: Mesh) -> FeatureExtractor:
+    """What runs `features` on a mesh: compiled once, for all sets."""
+    if mesh not in self._extractors:
+      self._extractors[mesh] = FeatureExtractor(self.features, mesh)
+    return self._extractors[mesh]
 
   @property
   def moments(self) -> list[str]:

@@ -15,7 +15,6 @@ from psvae_jax.evaluation.models import Model
 from psvae_jax.evaluation.networks import Networks, kind_of, network_of
 from psvae_jax.evaluation.references import Reference, Settings
 from psvae_jax.evaluators import image_metrics
-from psvae_jax.evaluators.feature_networks import FeatureExtractor
 from psvae_jax.evaluators.frechet import frechet_distance
 
 KIND = "reconstruction"
@@ -52,16 +51,15 @@ def evaluate(
       f"figures need images of at least {_LEAST_SIDE} × {_LEAST_SIDE} pixels, "
       f"got {images.size}"
     )
-  extractor = FeatureExtractor(networks.features, mesh)
   bad, against = None, reference.protocol if reference else ITSELF
   if reference is None and networks.features:
-    reference = references.of_images(
-      images, networks, settings, mesh, extractor
-    )
+    reference = references.of_images(images, networks, settings, mesh)
   found = Evaluation(KIND, {})
   found.left_out |= networks.missing((*PAIRED, *DISTANCES))
+  for text in reference.notes if reference else ():
+    found.note(text)
   for model in models:
-    result = _run(model, images, networks, settings, mesh, extractor)
+    result = _run(model, images, networks, settings, mesh)
     bad = len(result.bad)
     row = result.statistics.means.result()
     if (finite := row.pop("finite")) < 1:
@@ -97,8 +95,8 @@ def _run(
   networks: Networks,
   settings: Settings,
   mesh: Mesh,
-  extractor: FeatureExtractor,
 ) -> passes.Result:
+  extractor = networks.extractor(mesh)
   params = sharding.put_tree(model.params, mesh)
   split = sharding.batch_sharding(mesh)
   reconstruct = jax.jit(
@@ -180,7 +178,8 @@ def _explain(
   for key in found.columns:
     if key in DISTANCES:
       network = network_of(networks, key)
-      width = len(reference.moments[kind_of(key)][0])
+      mean, _, available = reference.moments[kind_of(key)]
+      width = len(mean)
       found.explain(
         key,
         count=count,
@@ -188,7 +187,7 @@ def _explain(
         reference=against,
         **network.protocol,
       )
-      note_few(found, count, width)
+      note_few(found, min(count, available or count), width)
     elif key == "lpips":
       found.explain(
         key,
@@ -205,6 +204,7 @@ def note_few(found: Evaluation, count: int, width: int) -> None:
   """Warns of a Fréchet distance's bias, which depends on the count."""
   if count <= width:
     found.note(
-      f"Fréchet distances of {count} images, fewer than their dimensions, are "
-      "biased far upwards: compare them with figures of as many images only"
+      f"Fréchet distances of {count} images (of the smaller set), fewer than "
+      "their dimensions, are biased far upwards: compare them with figures of "
+      "as many images only"
     )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from psvae_jax.evaluation import passes
 from psvae_jax.evaluation.image_sets import ImageSet
 from psvae_jax.evaluation.networks import Networks
-from psvae_jax.evaluators.feature_networks import FeatureExtractor
+from psvae_jax.evaluators.feature_networks import FeatureNetwork
 from psvae_jax.evaluators.frechet import FeatureMoments
 from psvae_jax.evaluators.reference_npz import ReferenceFile
 
@@ -53,6 +53,7 @@ class Reference:
     protocol: what it is, JSON values.
     count: images that were read here, 0 for statistics of a file.
     bad: how many could not be read.
+    notes: what a reader of distances to it must know.
   """
 
   moments: Mapping[str, tuple[np.ndarray, np.ndarray, int | None]]
@@ -60,6 +61,7 @@ class Reference:
   protocol: Mapping[str, Any]
   count: int = 0
   bad: int = 0
+  notes: tuple[str, ...] = ()
 
 
 def feature_pass(
@@ -67,13 +69,13 @@ def feature_pass(
   networks: Networks,
   settings: Settings,
   mesh: Mesh,
-  extractor: FeatureExtractor,
   *,
   label: str,
   rows: Sequence[str] = (),
   score: bool = False,
 ) -> passes.Result:
   """Features of a set's own images."""
+  extractor = networks.extractor(mesh)
   work = passes.Pass(
     label,
     images,
@@ -103,7 +105,6 @@ def of_images(
   networks: Networks,
   settings: Settings,
   mesh: Mesh,
-  extractor: FeatureExtractor,
   *,
   rows: Sequence[str] = (),
 ) -> Reference:
@@ -117,7 +118,6 @@ def of_images(
     networks,
     settings,
     mesh,
-    extractor,
     label=f"reference {images.name}",
     rows=rows,
   )
@@ -138,7 +138,8 @@ def of_file(file: ReferenceFile, networks: Networks, size: int) -> Reference:
   """Statistics of an .npz, of the features that the networks give.
 
   Raises:
-    ValueError: they are of features of another width.
+    ValueError: they are of features of another width, or the file says that
+      they were made with other weights or another resize.
   """
   widths = {}
   for network in networks.features:
@@ -150,6 +151,8 @@ def of_file(file: ReferenceFile, networks: Networks, size: int) -> Reference:
         f"network that was given makes {widths[kind]}: they are of another "
         "network or layer and do not compare"
       )
+  for network in networks.features:
+    _check_made_with(file, network)
   stated = file.protocol or "not stated in the file"
   return Reference(
     {
@@ -163,7 +166,47 @@ def of_file(file: ReferenceFile, networks: Networks, size: int) -> Reference:
       "count": file.count or "not stated",
       "made": stated,
     },
+    notes=tuple(_doubts(file, networks, size)),
   )
+
+
+def _check_made_with(file: ReferenceFile, network: FeatureNetwork) -> None:
+  """Compares what the file says of its network with the one that was given."""
+  recorded = file.protocol.get("networks")
+  recorded = recorded.get(network.name) if _is_dict(recorded) else None
+  if not _is_dict(recorded):
+    return
+  for key, value in network.identity.items():
+    if key in recorded and recorded[key] != value:
+      raise ValueError(
+        f"{file.path} was made with {key.replace('_', ' ')} "
+        f"{recorded[key]!r}, this evaluation has {value!r}: figures of both do "
+        "not compare; give the same network and resize, or write the reference "
+        "anew with --write_reference"
+      )
+
+
+def _doubts(file: ReferenceFile, networks: Networks, size: int) -> list[str]:
+  """What may keep figures from comparing, and is no mistake for certain."""
+  found = []
+  made = file.protocol.get("size")
+  if made not in (None, size):
+    found.append(
+      f"the reference's images had {made} pixels a side, the evaluated ones "
+      f"have {size}"
+    )
+  if networks.inception is not None and "networks" not in file.protocol:
+    resize = networks.inception.protocol.get("inception_resize", "tf1")
+    if resize != "tf1":
+      found.append(
+        "the reference does not say how its images were resized; ADM's were "
+        f"resized as --inception_resize=tf1, here it is {resize}"
+      )
+  return found
+
+
+def _is_dict(value: Any) -> bool:
+  return isinstance(value, Mapping)
 
 
 def moments_of(

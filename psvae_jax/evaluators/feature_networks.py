@@ -26,6 +26,8 @@ from psvae_jax.evaluators.reference_npz import POOL, SPATIAL
 DINOV2 = "dinov2"
 RESIZES = ("tf1", "torch")
 
+_NAMES = ("inception", "encoder")  # in protocols: where weights came from
+
 # The side at which Stein et al. (2023) compute FD-DINOv2.
 _DINOV2_SIZE = 224
 
@@ -49,6 +51,11 @@ class FeatureNetwork:
   features: Callable[[Any, jax.Array], dict[str, jax.Array]]
   kinds: tuple[str, ...]
   protocol: Mapping[str, Any]
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """The protocol without the name, by which nothing is computed."""
+    return {k: v for k, v in self.protocol.items() if k not in _NAMES}
 
   def widths(self, size: int) -> dict[str, int]:
     """Kind → D, for images of `size` × `size`; nothing is computed."""

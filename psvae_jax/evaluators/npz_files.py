@@ -1,23 +1,32 @@
 """Arrays in .npz files: read without trust, written in one step.
 
 Nothing is unpickled, and no header is believed before the file's size bears
-it out. Large arrays are never held as a whole: `Header` says where one lies,
-and `write_npz` takes batches of one.
+it out. A compressed array may still be a thousand times its file: whoever reads
+one says how much it may be. Large arrays are never held as a whole: `Header`
+says where one lies, and `write_npz` takes batches of one.
 """
 
 import contextlib
+import io
 import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+MAX_SIDE = 1 << 13  # of an image, pixels; one takes 192 MiB
+
 _LOCAL_HEADER = 30
+_MAX_HEADER = 1 << 14  # of an array, bytes; numpy itself parses 10 000
+_MAX_AXES = 32
+_MAX_AXIS = 1 << 48
+# Bytes out of one of the file: deflate makes 258 of two bits at best.
+_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 258 * 4}
+_SAID = 200  # characters of a library's message or of a type
 
 
 class NpzError(ValueError):
@@ -70,13 +79,15 @@ def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """All arrays of an .npz that `write_npz` wrote.
 
   Raises:
-    NpzError: it is damaged, or holds Python objects.
+    NpzError: it is damaged, compressed, or holds Python objects.
   """
   path = Path(path)
   found = {}
   with open_archive(path) as archive:
     for info in archive.infolist():
       name = info.filename.removesuffix(".npy")
+      if info.compress_type != zipfile.ZIP_STORED:
+        raise NpzError(f"{path}: {name} is compressed; it is not ours")
       found[name] = read_array(path, archive, name, info.file_size)
   return found
 
@@ -92,6 +103,7 @@ class Header:
     is_fortran: stored column by column.
     offset: of the values in the file, bytes; None if they are compressed.
     length: of what precedes the values in the member, bytes.
+    size: of the values, bytes.
   """
 
   def __init__(
@@ -108,6 +120,10 @@ class Header:
     self.is_fortran = is_fortran
     self.offset, self.length = offset, length
     self.member = f"{name}.npy"
+    self.size = math.prod(shape) * dtype.itemsize
+
+  def __str__(self) -> str:
+    return f"{_cut(self.dtype)} {self.shape}"
 
   @classmethod
   def read(cls, path: Path, archive: zipfile.ZipFile, name: str) -> "Header":
@@ -123,37 +139,58 @@ class Header:
       raise NpzError(
         f"{path} has no array {name!r}; it has {_list_members(archive)}"
       ) from None
+    ratio = _RATIOS.get(info.compress_type)
+    if ratio is None:
+      raise NpzError(f"{path}: {name} is compressed in a way that is not known")
+    if (
+      info.compress_size > path.stat().st_size
+      or info.file_size > ratio * info.compress_size
+    ):
+      raise NpzError(
+        f"{path}: {name} has {info.file_size} bytes, more than the file can "
+        "hold; it is damaged"
+      )
     with explained(path, name), archive.open(info) as file:
-      version = np.lib.format.read_magic(file)
+      # numpy reads as much as a header says of itself.
+      start = io.BytesIO(file.read(_MAX_HEADER))
+      version = np.lib.format.read_magic(start)
       read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
       }.get(version)
       if read is None:
         raise ValueError(f"its format version {version} is not known")
-      shape, is_fortran, dtype = read(file)
-      length = file.tell()
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-      raise NpzError(f"{path}: {name} is compressed in a way that is not known")
+      shape, is_fortran, dtype = read(start)
+      length = start.tell()
+    if len(shape) > _MAX_AXES or not all(0 <= n <= _MAX_AXIS for n in shape):
+      raise NpzError(f"{path}: the header of {name} states no possible shape")
     if dtype.hasobject:
       raise NpzError(
         f"{path}: {name} holds Python objects (a pickle), which are never "
         "read; save it as a plain array of numbers"
       )
-    size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or size != info.file_size - length:
-      raise NpzError(
-        f"{path}: the header of {name} states {dtype} {shape}, {size} bytes, "
-        f"but there are {info.file_size - length}; the file is damaged"
-      )
     offset = None
     if info.compress_type == zipfile.ZIP_STORED:
       offset = _data_offset(path, info) + length
     is_fortran = is_fortran and len(shape) > 1
-    return cls(path, name, shape, dtype, is_fortran, offset, length)
+    header = cls(path, name, shape, dtype, is_fortran, offset, length)
+    if header.size != info.file_size - length:
+      raise NpzError(
+        f"{path}: the header of {name} states {header}, {header.size} bytes, "
+        f"but there are {info.file_size - length}; the file is damaged"
+      )
+    return header
+
+  def check_size(self, most: int) -> None:
+    """Raises NpzError if this is more than so many bytes."""
+    if self.size > most:
+      raise NpzError(
+        f"{self.path}: {self.name} is {self}, {self.size} bytes, more than the "
+        f"{most} that are read"
+      )
 
   def check_images(self) -> None:
-    """Raises NpzError unless this is uint8 (N, H, W, 3)."""
+    """Raises NpzError unless this is uint8 (N, H, W, 3), H and W in bounds."""
     if self.is_fortran:
       raise NpzError(
         f"{self.path}: {self.name} is stored column by column; save it again "
@@ -165,13 +202,18 @@ class Header:
       and self.shape[-1] == 3
       and min(self.shape) > 0
     ):
+      if max(self.shape[1:3]) > MAX_SIDE:
+        raise NpzError(
+          f"{self.path}: the images of {self.name} are {self.shape[1]} × "
+          f"{self.shape[2]}, {self}; a side may have {MAX_SIDE} pixels at most"
+        )
       return
     hint = ""
     if len(self.shape) == 4 and self.shape[1] == 3:
       hint = "; channels come last: numpy.transpose(x, (0, 2, 3, 1))"
     raise NpzError(
       f"{self.path}: {self.name} must hold images uint8 (N, H, W, 3), got "
-      f"{self.dtype} {self.shape}{hint}"
+      f"{self}{hint}"
     )
 
   def memory_map(self) -> np.ndarray | None:
@@ -189,15 +231,10 @@ def read_array(
 ) -> np.ndarray:
   """One array as a whole, of at most so many bytes."""
   header = Header.read(path, archive, name)
-  size = math.prod(header.shape) * header.dtype.itemsize
-  if size > most:
-    raise NpzError(
-      f"{path}: {name} is {header.dtype} {header.shape}, {size} bytes, more "
-      f"than the {most} that are read"
-    )
+  header.check_size(most)
   with explained(path, name), archive.open(header.member) as file:
     file.read(header.length)
-    data = file.read(size)
+    data = file.read(header.size)
     # Copies: what frombuffer gives cannot be written to.
     values = np.frombuffer(data, header.dtype)
     if header.is_fortran:
@@ -228,10 +265,12 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
   """An open archive; what is none, or damaged, is a NpzError."""
   try:
     archive = zipfile.ZipFile(path)
-  except (zipfile.BadZipFile, ValueError, EOFError) as error:
+  except Exception as error:  # the library has no common error class
+    if getattr(error, "filename", None):
+      raise  # of the system, and it names the file
     raise NpzError(
-      f"{path} is not a readable .npz ({error}); a single array (.npy) or a "
-      "pickle must be saved with numpy.savez first"
+      f"{path} is not a readable .npz ({_cut(error)}); a single array (.npy) "
+      "or a pickle must be saved with numpy.savez first"
     ) from error
   with archive:
     yield archive
@@ -244,19 +283,17 @@ def explained(path: Path, name: str) -> Iterator[None]:
     yield
   except NpzError:
     raise
-  except (
-    ValueError,
-    SyntaxError,
-    TypeError,
-    EOFError,
-    RuntimeError,
-    NotImplementedError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
-    said = " ".join(str(error).split()) or type(error).__name__
+  except Exception as error:  # the libraries have no common error class
+    if getattr(error, "filename", None):
+      raise  # of the system, and it names the file
+    said = _cut(error) or type(error).__name__
     raise NpzError(f"{path}: {name} cannot be read ({said})") from error
+
+
+def _cut(value: object) -> str:
+  """What an error quotes of a file: one line of a bearable length."""
+  text = " ".join(str(value).split())
+  return text if len(text) <= _SAID else f"{text[:_SAID]}…"
 
 
 def _list_members(archive: zipfile.ZipFile) -> str:

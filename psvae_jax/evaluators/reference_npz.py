@@ -7,9 +7,9 @@
 
 Published files hold any of these. Files of samples hold arr_0 and arr_1 only.
 
-Images are never read as a whole: those of a stored archive are memory-mapped,
-those of a compressed one are decompressed a part at a time. See `npz_files` for
-what is not believed.
+Statistics are read when they are asked for. Images are never read as a whole:
+those of a stored archive are memory-mapped, those of a compressed one are
+decompressed a part at a time. See `npz_files` for what is not believed.
 """
 
 import collections
@@ -19,7 +19,7 @@ import math
 import os
 import threading
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +38,10 @@ POOL, SPATIAL = "pool", "spatial"
 _KEYS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 IMAGES, LABELS = "arr_0", "arr_1"
 
+Moments = tuple[np.ndarray, np.ndarray]  # mean (D,), covariance (D, D)
+
 _MAX_WIDTH = 1 << 13  # features; a covariance of them takes half a GiB
+_MAX_BYTES = _MAX_WIDTH**2 * 8  # of any array that is read as a whole
 _MAX_TEXT = 1 << 20
 _CHUNK_BYTES = 16 << 20  # of images decompressed together
 _KEPT_CHUNKS = 4
@@ -49,13 +52,14 @@ class ReferenceFile:
 
   Attributes:
     path: the file.
-    statistics: kind of features → (mean, covariance), float64.
+    statistics: kind of features → (mean, covariance), float64; read, and
+      checked to be numbers, each time they are taken out.
     count: images that the statistics are of; None where the file does not say.
     protocol: how they were made; {} where the file does not say.
   """
 
   def __init__(self, path: str | os.PathLike) -> None:
-    """Reads statistics and headers; images stay in the file.
+    """Reads headers; statistics and images stay in the file.
 
     Raises:
       FileNotFoundError: no such file.
@@ -68,11 +72,10 @@ class ReferenceFile:
       names = {
         Path(name).stem for name in archive.namelist() if name.endswith(".npy")
       }
-      self.statistics = {
-        kind: _read_moments(self.path, archive, *keys)
-        for kind, keys in _kinds(names).items()
-        if names & set(keys)
-      }
+      kinds = {k: v for k, v in _kinds(names).items() if names & set(v)}
+      for keys in kinds.values():
+        _check_moments(self.path, archive, *keys)
+      self.statistics: Mapping[str, Moments] = _Statistics(self.path, kinds)
       self.count = _read_count(self.path, archive, names)
       self.protocol = _read_protocol(self.path, archive, names)
       self._image_header = None
@@ -84,7 +87,7 @@ class ReferenceFile:
       raise NpzError(
         f"{self.path} holds neither statistics (mu and sigma, or mu_s and "
         f"sigma_s) nor images ({IMAGES}); it has "
-        + (", ".join(sorted(names)) or "no arrays")
+        + (", ".join(sorted(names)[:20]) or "no arrays")
       )
 
   @property
@@ -111,13 +114,41 @@ class ReferenceFile:
     if not self._labels or self._image_header is None:
       return None
     with open_archive(self.path) as archive:
-      labels = read_array(self.path, archive, LABELS, self.num_images * 8)
+      most = min(self.num_images * 8, _MAX_BYTES)
+      labels = read_array(self.path, archive, LABELS, most)
     if labels.shape != (self.num_images,) or labels.dtype.kind not in "iu":
       raise NpzError(
         f"{self.path}: {LABELS} must be one whole number for each of the "
         f"{self.num_images} images, got {labels.dtype} {labels.shape}"
       )
     return labels.astype(np.int64)
+
+
+class _Statistics(Mapping[str, Moments]):
+  """The statistics of an .npz, read anew each time: they may be large."""
+
+  def __init__(self, path: Path, kinds: Mapping[str, tuple[str, str]]) -> None:
+    self._path, self._kinds = path, kinds
+
+  def __len__(self) -> int:
+    return len(self._kinds)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._kinds)
+
+  def __contains__(self, kind: object) -> bool:
+    return kind in self._kinds  # Mapping's own would read
+
+  def __getitem__(self, kind: str) -> Moments:
+    """Reads one.
+
+    Raises:
+      KeyError: there is none.
+      NpzError: the file is damaged, or they cannot be used.
+    """
+    keys = self._kinds[kind]
+    with open_archive(self._path) as archive:
+      return _read_moments(self._path, archive, *keys)
 
 
 class NpzImages:
@@ -137,8 +168,10 @@ class NpzImages:
       self._header = Header.read(self._path, archive, IMAGES)
     self._header.check_images()
     self._mapped = self._header.memory_map()
-    size = max(1, math.prod(self._header.shape[1:]))
+    size = math.prod(self._header.shape[1:])
     self._chunk = max(1, _CHUNK_BYTES // size)
+    # Of the largest images a chunk is one, and one chunk is kept.
+    self._kept = max(1, _KEPT_CHUNKS * _CHUNK_BYTES // (self._chunk * size))
     self._reset()
 
   def __len__(self) -> int:
@@ -149,7 +182,7 @@ class NpzImages:
 
   # Threads and processes that read batches get a copy of their own.
   def __getstate__(self) -> dict[str, Any]:
-    kept = ("name", "_path", "_header", "_chunk")
+    kept = ("name", "_path", "_header", "_chunk", "_kept")
     return {name: self.__dict__[name] for name in kept}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,10 +235,10 @@ class NpzImages:
     if self._stream is None or chunk < self._next:
       self._open()
     while self._next <= chunk:
+      while len(self._chunks) >= self._kept:
+        self._chunks.popitem(last=False)
       rows = self._read_rows(self._next)
       self._chunks[self._next] = rows
-      while len(self._chunks) > _KEPT_CHUNKS:
-        self._chunks.popitem(last=False)
       self._next += 1
     return self._chunks[chunk]
 
@@ -275,25 +308,40 @@ def _kinds(names: set[str]) -> dict[str, tuple[str, str]]:
   return kinds
 
 
+def _check_moments(
+  path: Path, archive: zipfile.ZipFile, mean_key: str, covariance_key: str
+) -> None:
+  """Raises NpzError unless both headers are of usable statistics."""
+  mean = Header.read(path, archive, mean_key)
+  covariance = Header.read(path, archive, covariance_key)
+  for header in (mean, covariance):
+    if header.dtype.kind != "f":
+      raise NpzError(
+        f"{path}: {header.name} must hold floating point numbers, got {header}"
+      )
+  square = len(mean.shape) == 1 and covariance.shape == mean.shape * 2
+  if not square or not 1 <= mean.shape[0] <= _MAX_WIDTH:
+    raise NpzError(
+      f"{path}: {mean_key} must be (D,) and {covariance_key} (D, D), D at most "
+      f"{_MAX_WIDTH}, got {mean.shape} and {covariance.shape}"
+    )
+  mean.check_size(_MAX_WIDTH * 8)
+  covariance.check_size(_MAX_BYTES)
+
+
 def _read_moments(
   path: Path, archive: zipfile.ZipFile, mean_key: str, covariance_key: str
-) -> tuple[np.ndarray, np.ndarray]:
-  limit = _MAX_WIDTH**2 * 8
-  mean = read_array(path, archive, mean_key, limit)
-  covariance = read_array(path, archive, covariance_key, limit)
-  for key, array in ((mean_key, mean), (covariance_key, covariance)):
-    if array.dtype.kind != "f":
-      raise NpzError(
-        f"{path}: {key} must hold floating point numbers, got {array.dtype}"
-      )
+) -> Moments:
+  # The file may be another one by now.
+  _check_moments(path, archive, mean_key, covariance_key)
+  found = []
+  for key, most in ((mean_key, _MAX_WIDTH * 8), (covariance_key, _MAX_BYTES)):
+    array = read_array(path, archive, key, most)
+    array = array.astype(np.float64, copy=False)
     if not np.isfinite(array).all():
       raise NpzError(f"{path}: {key} holds NaN or infinity")
-  if mean.ndim != 1 or not len(mean) or covariance.shape != mean.shape * 2:
-    raise NpzError(
-      f"{path}: {mean_key} must be (D,) and {covariance_key} (D, D), got "
-      f"{mean.shape} and {covariance.shape}"
-    )
-  mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    found.append(array)
+  mean, covariance = found
   scale = np.abs(covariance).max()
   if np.abs(covariance - covariance.T).max() > 1e-4 * scale:
     raise NpzError(f"{path}: {covariance_key} is not symmetric")
@@ -319,7 +367,7 @@ def _read_protocol(
   text = read_array(path, archive, "protocol", _MAX_TEXT)
   try:
     value = json.loads(str(text))
-  except ValueError:
+  except (ValueError, RecursionError):
     value = None
   if not isinstance(value, dict):
     raise NpzError(f"{path}: protocol does not hold a JSON object")

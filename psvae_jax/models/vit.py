@@ -18,6 +18,9 @@ from psvae_jax.models import layers, resize
 
 # No model is near this; larger numbers in a config file overflow shapes.
 _MAX_SIZE = 2**24
+_MAX_REGISTERS = 2**10
+# Rotary angles are made on the host: of every token, half as many as these.
+_MAX_ROTARY_WIDTH = 2**12
 
 FinalNorm = Literal["affine", "affine_free"]
 Output = Literal["patches", "cls"]
@@ -81,23 +84,29 @@ class ViTConfig:
   pre_norm: bool = False
 
   def __post_init__(self):
-    hidden = self.mlp_hidden
-    if hidden is None:
-      hidden = int(self.width * self.mlp_ratio)
     sizes = {
       "width": self.width,
       "depth": self.depth,
       "num_heads": self.num_heads,
       "patch_size": self.patch_size,
       "image_size": self.image_size,
-      "MLP hidden width": hidden,
     }
+    if self.mlp_hidden is not None:
+      sizes["MLP hidden width"] = self.mlp_hidden
     for name, value in sizes.items():
       if not 1 <= value <= _MAX_SIZE:
         raise ValueError(f"{name} {value} is not in [1, {_MAX_SIZE}]")
-    if not 0 <= self.num_registers <= _MAX_SIZE:
+    # Before it becomes an integer: infinity has none.
+    if self.mlp_hidden is None and not (
+      1 <= self.width * self.mlp_ratio <= _MAX_SIZE
+    ):
       raise ValueError(
-        f"num_registers {self.num_registers} is not in [0, {_MAX_SIZE}]"
+        f"mlp_ratio {self.mlp_ratio} makes an MLP hidden width that is not in "
+        f"[1, {_MAX_SIZE}]"
+      )
+    if not 0 <= self.num_registers <= _MAX_REGISTERS:
+      raise ValueError(
+        f"num_registers {self.num_registers} is not in [0, {_MAX_REGISTERS}]"
       )
     if self.width % self.num_heads:
       raise ValueError(
@@ -120,10 +129,13 @@ class ViTConfig:
         f"unknown positions {self.positions!r}; known: {', '.join(_POSITIONS)}"
       )
     head_dim = self.width // self.num_heads
-    if self.positions == "rotary" and head_dim % 4:
+    if self.positions == "rotary" and (
+      head_dim % 4 or head_dim > _MAX_ROTARY_WIDTH
+    ):
       raise ValueError(
         f"rotary positions need heads whose width is a multiple of 4, not "
-        f"{head_dim} (width {self.width}, num_heads {self.num_heads})"
+        f"{head_dim} (width {self.width}, num_heads {self.num_heads}), and at "
+        f"most {_MAX_ROTARY_WIDTH}"
       )
     if self.positions == "rotary" and not self.rotary_base > 1:
       raise ValueError(f"rotary_base {self.rotary_base} is not above 1")

@@ -17,8 +17,10 @@ import numpy as np
 
 from psvae_jax.models.kl_autoencoder import KLAutoencoder, KLConfig
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.fields import Fields
+from psvae_jax.pretrained.fields import Fields, show
 
+# No model is near it; every block is traced for itself.
+_MAX_BLOCKS = 64
 CLASS_NAME = "AutoencoderKL"
 STEM = "diffusion_pytorch_model"
 
@@ -262,14 +264,20 @@ def parse_config(raw: Mapping[str, Any], path: pathlib.Path) -> KLConfig:
   widths = fields.get("block_out_channels", list)
   if not all(type(width) is int for width in widths):
     raise ValueError(
-      f"{path}: block_out_channels is {widths!r}, it must be whole numbers"
+      f"{path}: block_out_channels is {show(widths)}, it must be whole numbers"
+    )
+  layers = fields.get("layers_per_block", int, 1)
+  if len(widths) * layers > _MAX_BLOCKS:
+    raise ValueError(
+      f"{path}: layers_per_block {show(layers)} of {len(widths)} levels are "
+      f"more than {_MAX_BLOCKS} blocks"
     )
   shift = "shift_factor"
   # Defaults are those of diffusers' class, which files may leave out.
   return fields.build(
     KLConfig,
     block_out_channels=tuple(widths),
-    layers_per_block=fields.get("layers_per_block", int, 1),
+    layers_per_block=layers,
     latent_channels=fields.get("latent_channels", int, 4),
     down_attention=_attended(fields, path, "down_block_types", _DOWN_BLOCKS),
     up_attention=_attended(fields, path, "up_block_types", _UP_BLOCKS),
@@ -291,8 +299,8 @@ def _attended(
   unknown = [kind for kind in kinds if kind not in blocks]
   if unknown:
     raise ValueError(
-      f"{path}: {name} has {unknown[0]!r}, which is not supported; supported: "
-      f"{', '.join(blocks)}"
+      f"{path}: {name} has {show(unknown[0])}, which is not supported; "
+      f"supported: {', '.join(blocks)}"
     )
   return tuple(kind == blocks[1] for kind in kinds)
 

@@ -278,9 +278,10 @@ def random_params(config: RAEConfig) -> dict[str, Any]:
 
 def param_shapes(config: RAEConfig) -> Any:
   """The module's parameters as shapes, statistics apart."""
-  side = config.input_size
+  # Of one token: positions of all would be made, and no parameter has them.
+  side = config.encoder.patch_size
   images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  module = RAE(config)
+  module = RAE(dataclasses.replace(config, input_size=side))
   shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
   return {name: shapes[name] for name in ("encoder", "decoder")}
 

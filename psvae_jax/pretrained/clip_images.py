@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from psvae_jax.pretrained import files, preprocessing
-from psvae_jax.pretrained.fields import Fields
+from psvae_jax.pretrained.fields import Fields, show
 
 FILES = ("preprocessor_config.json", "processor_config.json")
+_MAX_SIDE = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,19 +111,21 @@ def read(folder: pathlib.Path, image_size: int) -> ClipImages:
     resample=preprocessing.BICUBIC,
   )
   scale = Fields(raw, path).get("rescale_factor", float, 1 / 255)
-  size = _side(raw.get("size", image_size), "shortest_edge")
-  crop = _side(raw.get("crop_size", image_size), "height", "width")
+  stated_size = raw.get("size", image_size)
+  stated_crop = raw.get("crop_size", image_size)
+  size = _side(stated_size, "shortest_edge")
+  crop = _side(stated_crop, "height", "width")
   if abs(scale * 255 - 1) > 1e-4:
     raise ValueError(f"{path}: rescale_factor {scale} is not 1/255")
   if crop != image_size:
     raise ValueError(
-      f"{path}: crop_size {raw['crop_size']!r} is not the {image_size} that "
-      "config.json says images have"
+      f"{path}: crop_size {show(stated_crop)} is not the {show(image_size)} "
+      f"that config.json says images have, of at most {_MAX_SIDE}"
     )
   if size is None or size < crop:
     raise ValueError(
-      f'{path}: size {raw["size"]!r} must be a number, or "shortest_edge" and '
-      f"a number, of at least crop_size {crop}"
+      f'{path}: size {show(stated_size)} must be a number, or "shortest_edge" '
+      f"and a number, of at least crop_size {crop} and at most {_MAX_SIDE}"
     )
   return ClipImages(
     size,
@@ -143,4 +146,4 @@ def _side(value: Any, *names: str) -> int | None:
     sides = [value.get(name) for name in names]
     equal = len(value) == len(names) and sides.count(sides[0]) == len(sides)
     value = sides[0] if equal else None
-  return value if type(value) is int and 1 <= value <= 2**16 else None
+  return value if type(value) is int and 1 <= value <= _MAX_SIDE else None

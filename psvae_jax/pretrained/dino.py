@@ -20,6 +20,7 @@ from psvae_jax.config import nearest
 from psvae_jax.models import layers, resize, vit
 from psvae_jax.pretrained import files, mapping
 from psvae_jax.pretrained.encoder import IMAGENET_MEAN, IMAGENET_STD, RANDOM
+from psvae_jax.pretrained.fields import Fields
 
 # What "random:NAME" builds: the published hyper-parameters.
 PUBLISHED = {
@@ -218,47 +219,34 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> vit.ViTConfig:
       f"{path}: model_type {raw.get('model_type')!r} is not supported here; "
       'DINO is a "vit"'
     )
-  if raw.get("num_channels", 3) != 3:
-    raise ValueError(f"{path}: num_channels {raw['num_channels']} is not 3")
-
-  def get(field, kind, default=None):
-    value = raw.get(field, default)
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-      raise ValueError(
-        f"{path}: {field} is {value!r}, it must be one {kind.__name__}"
-      )
-    return value
-
-  width, hidden = get("hidden_size", int), get("intermediate_size", int)
+  read = Fields(raw, path)
+  read.expect(num_channels=3)
+  hidden = read.get("intermediate_size", int)
   # Defaults are those of transformers' ViTConfig, which files may leave out.
-  fields = {
-    "width": width,
-    "depth": get("num_hidden_layers", int),
-    "num_heads": get("num_attention_heads", int),
-    "patch_size": get("patch_size", int, 16),
-    "image_size": get("image_size", int, 224),
-    "activation": get("hidden_act", str, "gelu"),
-    "layer_norm_eps": get("layer_norm_eps", float, 1e-12),
-    "qkv_bias": get("qkv_bias", bool, True),
-    "layerscale_init": None,
-  }
-  try:
-    ratio = hidden / max(width, 1)
-    # The hidden width is the product, rounded down: keep it from falling one
-    # short.
-    if int(width * ratio) != hidden:
-      ratio = math.nextafter(ratio, math.inf)
-    config = vit.ViTConfig(mlp_ratio=ratio, **fields)
-    if config.image_size % config.patch_size:
-      raise ValueError(
-        f"image_size {config.image_size} is not a multiple of patch_size "
-        f"{config.patch_size}"
-      )
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
-  return config
+  config = read.build(
+    vit.ViTConfig,
+    width=read.get("hidden_size", int),
+    depth=read.get("num_hidden_layers", int),
+    num_heads=read.get("num_attention_heads", int),
+    patch_size=read.get("patch_size", int, 16),
+    image_size=read.get("image_size", int, 224),
+    activation=read.get("hidden_act", str, "gelu"),
+    layer_norm_eps=read.get("layer_norm_eps", float, 1e-12),
+    qkv_bias=read.get("qkv_bias", bool, True),
+    layerscale_init=None,
+    mlp_hidden=hidden,
+  )
+  if config.image_size % config.patch_size:
+    raise ValueError(
+      f"{path}: image_size {config.image_size} is not a multiple of patch_size "
+      f"{config.patch_size}"
+    )
+  ratio = hidden / config.width
+  # The hidden width is the product, rounded down: keep it from falling one
+  # short.
+  if int(config.width * ratio) != hidden:
+    ratio = math.nextafter(ratio, math.inf)
+  return dataclasses.replace(config, mlp_hidden=None, mlp_ratio=ratio)
 
 
 def _unused(config: vit.ViTConfig) -> dict[str, tuple[int, ...]]:

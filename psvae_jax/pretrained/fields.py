@@ -2,8 +2,18 @@
 
 import math
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 20
+
+
+def show(value: Any) -> str:
+  """`repr` of what a file says, a long one without its middle."""
+  return _SHORT.repr(value)
 
 
 class Fields:
@@ -20,18 +30,22 @@ class Fields:
       ValueError: another type, not finite, or absent without a default.
     """
     value = self._raw.get(name, default)
+    found = value
     if kind is float and type(value) is int:
-      value = float(value)
+      try:
+        value = float(value)
+      except OverflowError:  # hundreds of digits
+        value = math.inf
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
       raise ValueError(
-        f"{self._path}: {name} is {value!r}, it must be one {kind.__name__}"
+        f"{self._path}: {name} is {show(found)}, it must be one {kind.__name__}"
       )
     return value
 
   def side(self, name: str, default: int | None = None) -> int:
     """A side in pixels; [14, 14] says no more than 14."""
     value = self._raw.get(name, default)
-    if isinstance(value, list) and value and value.count(value[0]) == 2:
+    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
       return Fields({name: value[0]}, self._path).get(name, int)
     return self.get(name, int, default)
 
@@ -56,8 +70,8 @@ class Fields:
       found = self._raw.get(name, value)
       if found != value:
         raise ValueError(
-          f"{self._path}: {name} {found!r} is not {value!r}, which alone is "
-          "supported"
+          f"{self._path}: {name} {show(found)} is not {value!r}, which alone "
+          "is supported"
         )
 
   def build(self, kind: type, **fields: Any) -> Any:

@@ -152,8 +152,9 @@ def read_safetensors(
     return _read_file(single)
   if not os.path.lexists(index):
     raise FileNotFoundError(
-      f"{folder} has neither {single.name} nor {index.name}; convert "
-      "other formats to safetensors first"
+      f"{folder} has neither {single.name} nor {index.name}; a .bin file "
+      "beside its config.json is converted by `python -m psvae_jax.convert "
+      "huggingface --weights=FILE --out=FOLDER`"
     )
   shards = _read_index(index)
   missing = [name for name in shards if not (folder / name).is_file()]

@@ -7,10 +7,11 @@ what is written is what transformers' image processors want to know.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psvae_jax.pretrained import files
+from psvae_jax.pretrained.fields import Fields, show
 
 # Channel means and standard deviations of images in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -53,11 +54,14 @@ def read(
   if not path.exists():
     return processor.mean, processor.std
   raw = files.read_json(path)
-  rescale = raw.get("rescale_factor", 1 / 255)
-  if not raw.get("do_rescale", True) or not math.isclose(
-    rescale, 1 / 255, rel_tol=1e-4
-  ):
-    raise ValueError(f"{path}: only images rescaled by 1/255 are supported")
+  rescale = 1.0
+  if raw.get("do_rescale", True):
+    rescale = Fields(raw, path).get("rescale_factor", float, 1 / 255)
+  if not math.isclose(rescale, 1 / 255, rel_tol=1e-4):
+    raise ValueError(
+      f"{path}: only images rescaled by 1/255 are supported, rescale_factor is "
+      f"{rescale}"
+    )
   if not raw.get("do_normalize", True):
     return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
   mean = raw.get("image_mean", processor.mean)
@@ -109,11 +113,20 @@ def statistics(values: Any, name: str, where: str) -> tuple[float, ...]:
     ValueError: anything else; names `where` and `name`.
   """
   try:
-    out = tuple(float(value) for value in values)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{where}: {name} {values!r} is not 3 numbers") from error
-  if len(out) != 3 or not all(math.isfinite(value) for value in out):
-    raise ValueError(f"{where}: {name} {values!r} is not 3 finite numbers")
+    # Text and objects have elements too, some of which could be numbers.
+    if isinstance(values, (str, Mapping)) or len(values) != 3:
+      raise ValueError("another number of them")
+    out = tuple(_number(value) for value in values)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise ValueError(
+      f"{where}: {name} {show(values)} is not 3 finite numbers"
+    ) from error
   if "std" in name and min(out) <= 0:
-    raise ValueError(f"{where}: {name} {values!r} is not positive")
+    raise ValueError(f"{where}: {name} {show(values)} is not positive")
   return out
+
+
+def _number(value: Any) -> float:
+  if isinstance(value, (str, bool)) or not math.isfinite(value):
+    raise ValueError("no finite number")
+  return float(value)

@@ -21,10 +21,12 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.models import qwen2
 from psvae_jax.pretrained import files, mapping
-from psvae_jax.pretrained.fields import Fields
+from psvae_jax.pretrained.fields import Fields, show
 from psvae_jax.pretrained.untrained import RANDOM, random_params
 
 _FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
+# No model is near it: rotary frequencies, half as many, are made on the host.
+_MAX_HEAD_WIDTH = 2**12
 _EMBEDDING = "embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
 _ATTENTION = ("query", "key", "value", "out")
@@ -309,9 +311,14 @@ def _check_supported(
   raw: dict[str, Any], config: qwen2.Qwen2Config, path: pathlib.Path
 ) -> None:
   """Raises a ValueError for what published Qwen2.5 models do not have."""
+  if config.head_dim > _MAX_HEAD_WIDTH:
+    raise ValueError(
+      f"{path}: hidden_size {config.hidden_size} / num_attention_heads "
+      f"{config.num_attention_heads} is above {_MAX_HEAD_WIDTH}"
+    )
   if raw.get("head_dim") not in (None, config.head_dim):
     raise ValueError(
-      f"{path}: head_dim {raw['head_dim']!r} is not hidden_size / "
+      f"{path}: head_dim {show(raw['head_dim'])} is not hidden_size / "
       f"num_attention_heads, {config.head_dim}"
     )
   kinds = raw.get("layer_types") or []

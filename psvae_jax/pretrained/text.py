@@ -22,6 +22,7 @@ import numpy as np
 
 from psvae_jax.models import text
 from psvae_jax.pretrained import files, mapping
+from psvae_jax.pretrained.fields import Fields, show
 from psvae_jax.pretrained.tokenizer import (
   END,
   PAD,
@@ -39,6 +40,8 @@ _FILES = (
 _SHARED = "shared.weight"
 _TIED = "encoder.embed_tokens.weight"
 _PROJECTIONS = ("query", "key", "value", "out")
+# No model is near this; larger numbers in a config file overflow shapes.
+_MAX_SIZE = 2**24
 # Our field: the published one. The rest of the names are the same.
 _RENAMED = {"layer_norm_eps": "layer_norm_epsilon"}
 
@@ -258,25 +261,19 @@ def parse_config(raw: dict[str, Any], path: pathlib.Path) -> text.T5Config:
     raise ValueError(
       f'{path}: model_type is {raw.get("model_type")!r}; only "t5" is supported'
     )
-  values = {}
+  values, read = {}, Fields(raw, path)
   for field in dataclasses.fields(text.T5Config):
     key = _RENAMED.get(field.name, field.name)
     # Published configs leave out what they share with T5's first release,
     # whose values are our defaults too.
-    value = raw.get(key, field.default)
-    kind = type(field.default)
-    if kind is float and isinstance(value, int):
-      value = float(value)
-    if type(value) is not kind or (kind is not str and value <= 0):
+    value = read.get(key, type(field.default), field.default)
+    if not isinstance(value, str) and not 0 < value <= _MAX_SIZE:
       raise ValueError(
-        f"{path}: {key} is {value!r}; it must be a "
-        + ("string" if kind is str else f"positive {kind.__name__}")
+        f"{path}: {key} is {show(value)}; it must be positive, and at most "
+        f"{_MAX_SIZE}"
       )
     values[field.name] = value
-  try:
-    return text.T5Config(**values)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  return read.build(text.T5Config, **values)
 
 
 def _format_config(config: text.T5Config) -> dict[str, Any]:

@@ -122,8 +122,9 @@ class Tokenizer:
         self.folder, local_files_only=True
       )
     except Exception as error:  # the library has no common error class
+      said = " ".join(str(error).split())[:500]
       raise ValueError(
-        f"the tokenizer in {self.folder} cannot be read ({error})"
+        f"the tokenizer in {self.folder} cannot be read ({said})"
       ) from error
     if backend.pad_token_id is None:
       raise ValueError(f"the tokenizer in {self.folder} has no padding token")

@@ -159,10 +159,7 @@ def sets():
 def test_generation(mesh, tmp_path, sets):
   made, real = sets
   given, settings = tiny_metrics.networks(), _settings(tmp_path)
-  extractor = FeatureExtractor(given.features, mesh)
-  reference = references.of_images(
-    real, given, settings, mesh, extractor, rows=("pool",)
-  )
+  reference = references.of_images(real, given, settings, mesh, rows=("pool",))
   found = generation.evaluate([made], given, settings, mesh, reference)
   row = found.rows["scenes:heldout"]
   x, y = _features(_pixels(made)), _features(_pixels(real))
@@ -171,7 +168,8 @@ def test_generation(mesh, tmp_path, sets):
   assert row["kid"] == pytest.approx(kid, rel=1e-3, abs=1e-5)
   assert 0 < row["precision"] <= 1 and 0 < row["recall"] <= 1
   assert row["inception_score"] > 1 and row["inception_score_std"] >= 0
-  assert found.of["kid"]["subsets"] == "100 of 40"
+  assert found.of["kid"]["subsets"] == 100
+  assert found.of["kid"]["subset_size"] == {"scenes:heldout": 40}
   assert found.of["precision"]["neighbours"] == 3
   assert found.of["gfid"]["reference_count"] == 50
   assert found.left_out == {"clip_score": "--clip was not given"}
@@ -197,6 +195,19 @@ def test_against_statistics_of_a_file(mesh, tmp_path, sets):
     "the reference has no statistics of spatial features"
   )
   assert "no images" in found.left_out["recall"]
+  # What the file says of its network must be what is at hand.
+  for recorded, message in (
+    ({"inception_fingerprint": "seed 0", "inception": "elsewhere"}, None),
+    ({"inception_fingerprint": "seed 1"}, "fingerprint 'seed 1', this"),
+  ):
+    protocol = {"networks": {"inception": recorded}, "size": 64}
+    write_reference(path, statistics, count=50, protocol=protocol)
+    if message is None:
+      found = references.of_file(ReferenceFile(path), given, 24)
+      assert "64 pixels a side" in found.notes[0]
+      continue
+    with pytest.raises(ValueError, match=message):
+      references.of_file(ReferenceFile(path), given, 24)
   write_reference(path, {"pool": (np.zeros(9), np.eye(9))})
   with pytest.raises(ValueError, match="statistics of 9 pool .* makes 6"):
     references.of_file(ReferenceFile(path), given, 24)
@@ -205,9 +216,8 @@ def test_against_statistics_of_a_file(mesh, tmp_path, sets):
 def test_few_images_are_left_out_and_said(mesh, tmp_path, sets):
   few = open_set("scenes:heldout", size=24, count=3)
   given, settings = tiny_metrics.networks(), _settings(tmp_path)
-  extractor = FeatureExtractor(given.features, mesh)
   reference = references.of_images(
-    sets[1], given, settings, mesh, extractor, rows=("pool",)
+    sets[1], given, settings, mesh, rows=("pool",)
   )
   found = generation.evaluate([few], given, settings, mesh, reference)
   assert set(found.rows["scenes:heldout"]) == {
@@ -234,6 +244,9 @@ def test_prompts_go_with_the_images_they_are_of(tmp_path):
   images = open_set(str(folder))
   found = generation.read_prompts(str(prompts), images)
   assert list(found.texts) == ["a", "b", "c"]
+  prompts.write_text("a\u2028A\nb\r\nc", encoding="utf-8")
+  found = generation.read_prompts(str(prompts), images)
+  assert list(found.texts) == ["a\u2028A", "b", "c"]
   prompts.write_text("a\nb\n")
   with pytest.raises(ValueError, match="has 2 prompts, .* 3 images"):
     generation.read_prompts(str(prompts), images)

@@ -1,5 +1,8 @@
 """Sets of images by name: order, sizes, choice, fingerprints, faults."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,6 +98,26 @@ def test_fingerprints_change_with_files_and_choice(tmp_path):
   _save(tmp_path / "a", count=1, size=(12, 13), seed=1)
   found.append(open_set(name, size=12).fingerprint)
   assert len(set(found)) == 4
+
+
+def test_files_alike_but_for_their_content_are_told_apart(tmp_path):
+  """Archives unpack with one time, and as many images are one size."""
+  found = set()
+  for level in (1, 2):
+    path = tmp_path / "made.npz"
+    np.savez(path, np.full((4, 12, 12, 3), level, np.uint8))
+    os.utime(path, (1e9, 1e9))
+    found.add(open_set(str(path)).fingerprint)
+  other = tmp_path / "other.npz"
+  shutil.copy2(path, other)
+  found.add(open_set(str(other)).fingerprint)
+  assert len(found) == 3
+  folders = [tmp_path / "a", tmp_path / "b"]
+  for folder in folders:
+    _save(folder)
+    for file in folder.iterdir():
+      os.utime(file, (1e9, 1e9))
+  assert len({open_set(str(folder)).fingerprint for folder in folders}) == 2
 
 
 def test_broken_files_are_left_out_and_listed(tmp_path):

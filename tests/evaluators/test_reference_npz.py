@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from psvae_jax.evaluators.reference_npz import (
   write_reference,
 )
 
+MiB = 2**20
 RNG = np.random.default_rng(0)
 MEAN = RNG.normal(size=6)
 COVARIANCE = np.cov(RNG.normal(size=(6, 20)))
@@ -92,6 +94,11 @@ def test_images_one_by_one(tmp_path, monkeypatch, compressed):
   assert (source._mapped is None) == compressed
   if compressed:
     assert len(source._chunks) <= 4
+    monkeypatch.setattr(reference_npz, "_CHUNK_BYTES", 1)
+    large = NpzImages(path)  # for a chunk: one is read, and one kept
+    for index in (0, 1, 7, 3, 22):
+      np.testing.assert_array_equal(large[index]["image"], IMAGES[index])
+      assert len(large._chunks) == 1 and large._chunk == 1
   # As threads read it.
   rows = [
     batch["image"][batch["mask"]]
@@ -105,14 +112,18 @@ def test_images_one_by_one(tmp_path, monkeypatch, compressed):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    (dict(mu=MEAN * np.nan), "mu holds NaN or infinity"),
-    (dict(sigma=COVARIANCE[:5]), r"\(D, D\), got \(6,\) and \(5, 6\)"),
-    (dict(sigma=np.triu(COVARIANCE)), "sigma is not symmetric"),
+    (dict(sigma=COVARIANCE[:5]), r"\(D, D\), .* got \(6,\) and \(5, 6\)"),
+    (dict(mu=np.zeros(8193)), r"D at most 8192, got \(8193,\) and \(6, 6\)"),
     (dict(sigma=None), "no array 'sigma'; it has arr_0, arr_1, mu"),
     (dict(mu=np.arange(6)), "mu must hold floating point numbers, got int64"),
     (dict(mu=np.array([None] * 6)), "mu holds Python objects .a pickle."),
     (dict(arr_0=IMAGES / 255), "must hold images uint8 .*got float64"),
     (dict(arr_0=IMAGES[:0]), "must hold images uint8"),
+    (
+      dict(arr_0=np.zeros((1, 8193, 2, 3), np.uint8)),
+      r"arr_0 are 8193 × 2, uint8 \(1, 8193, 2, 3\); .* 8192 pixels at most",
+    ),
+    (dict(arr_0=np.zeros((1, 2, 8193, 3), np.uint8)), "arr_0 are 2 × 8193"),
     (
       dict(arr_0=np.ascontiguousarray(IMAGES.transpose(0, 3, 1, 2))),
       "channels come last",
@@ -120,6 +131,7 @@ def test_images_one_by_one(tmp_path, monkeypatch, compressed):
     (dict(arr_0=np.asfortranarray(IMAGES)), "stored column by column"),
     (dict(count=np.array(-3)), "count must be one whole number"),
     (dict(protocol=np.array("[]")), "does not hold a JSON object"),
+    (dict(protocol=np.array("[" * 10_000)), "does not hold a JSON object"),
   ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, changes, message):
@@ -128,6 +140,33 @@ def test_what_cannot_be_used_is_named(tmp_path, changes, message):
     ReferenceFile(path)
   assert str(path) in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(mu=MEAN * np.nan), "mu holds NaN or infinity"),
+    (dict(sigma=COVARIANCE * np.inf), "sigma holds NaN or infinity"),
+    (dict(sigma=np.triu(COVARIANCE)), "sigma is not symmetric"),
+  ],
+)
+def test_statistics_are_checked_where_they_are_asked_for(
+  tmp_path, changes, message
+):
+  path = _adm(tmp_path / "a.npz", **changes)
+  file = ReferenceFile(path)
+  assert len(file.statistics) == 2 and "pool" in file.statistics
+  np.testing.assert_array_equal(file.statistics["spatial"][0], MEAN[:4])
+  with pytest.raises(NpzError, match=message) as error:
+    file.statistics["pool"]
+  assert str(path) in str(error.value)
+  with pytest.raises(KeyError):
+    file.statistics["dinov2"]
+
+
+def test_the_longest_side_is_read(tmp_path):
+  np.savez_compressed(tmp_path / "a.npz", arr_0=np.ones((2, 8192, 1, 3), "u1"))
+  assert NpzImages(tmp_path / "a.npz")[1]["image"].shape == (8192, 1, 3)
 
 
 def test_covariances_in_either_order_of_memory(tmp_path):
@@ -193,6 +232,132 @@ def test_a_header_that_lies_and_files_that_are_cut_off(tmp_path):
     ReferenceFile(tmp_path / "d.npz")
 
 
+def _member(header, data=b"", version=1):
+  """An array of any header, true or not."""
+  length = len(header).to_bytes(2 * version, "little")
+  return b"\x93NUMPY" + bytes([version, 0]) + length + header + data
+
+
+def _peak(run):
+  """What a call allocates at once, bytes."""
+  tracemalloc.start()
+  try:
+    run()
+    return tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+
+
+def test_statistics_that_nothing_asks_for_are_not_read(tmp_path):
+  wide = np.eye(1024)  # 8 MiB, a few KiB in the file
+  arrays = {f"mu_{i}": wide[0] for i in range(3)}
+  arrays |= {f"sigma_{i}": wide for i in range(3)}
+  path = tmp_path / "a.npz"
+  np.savez_compressed(path, mu=MEAN, sigma=COVARIANCE, **arrays)
+  found = []
+
+  def read():
+    file = ReferenceFile(path)
+    assert set(file.statistics) == {"pool", "0", "1", "2"}
+    found.append(file.statistics["pool"])
+
+  assert _peak(read) < MiB
+  np.testing.assert_array_equal(found[0][1], COVARIANCE)
+
+
+def test_a_long_header_is_not_read(tmp_path):
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr("mu.npy", _member(b" " * 32 * MiB, version=2))
+    archive.writestr("sigma.npy", _member(b""))
+
+  def read():
+    with pytest.raises(NpzError, match="mu cannot be read"):
+      ReferenceFile(path)
+
+  assert _peak(read) < MiB
+
+
+@pytest.mark.parametrize(
+  "field",
+  [
+    "'descr': ()",
+    "'descr': ('a',)",
+    "'descr': {}",
+    "'descr': '<f8', 'shape': (" + "9" * 4000 + ", " + "9" * 4000 + ")",
+    "'descr': '<f8', 'shape': (" + "1, " * 99 + ")",
+    "'descr': '<f8', 'shape': (" + "-" * 3000 + "1,)",
+    "'descr': '" + "x" * 5000 + "'",
+    "'descr': [[[",
+  ],
+)
+def test_headers_that_numpy_stumbles_over(tmp_path, field):
+  if "'shape'" not in field:
+    field += ", 'shape': (1,)"
+  header = "{'fortran_order': False, " + field + "}"
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("mu.npy", _member(header.encode(), bytes(8)))
+    archive.writestr("sigma.npy", _member(header.encode(), bytes(8)))
+  with pytest.raises(NpzError, match="a.npz: .*mu ") as error:
+    ReferenceFile(path)
+  assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_sizes_that_the_archive_lies_about(tmp_path, kind):
+  header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (%d, 1, 1, 3)}"
+  member, count = _member(header % 10**9), 10**9
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w", kind) as archive:
+    archive.writestr("arr_0.npy", member + bytes(1000))
+    archive.getinfo("arr_0.npy").file_size = len(member) + 3 * count
+  with pytest.raises(NpzError, match="arr_0 has 30.* than the file can hold"):
+    ReferenceFile(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_bytes(tmp_path, compressed):
+  """Loads, or one error that names the file; little memory either way."""
+  path, rng = tmp_path / "a.npz", np.random.default_rng(0)
+  (np.savez_compressed if compressed else np.savez)(
+    path, mu=MEAN, sigma=COVARIANCE, arr_0=IMAGES[:2], arr_1=np.arange(2)
+  )
+  data = path.read_bytes()
+  outcomes = set()
+
+  def read():
+    file = ReferenceFile(path)
+    dict(file.statistics)
+    file.labels()
+    file.images()[1]
+
+  def attempt():
+    try:
+      read()
+    except NpzError as error:
+      assert str(path) in str(error) and "\n" not in str(error)
+      outcomes.add("error")
+    else:
+      outcomes.add("read")
+
+  # Most of what names, sizes and places are in are the last bytes.
+  for place in [*rng.integers(0, len(data), 60), *range(-200, 0)]:
+    broken = bytearray(data)
+    broken[place] = rng.choice([0, 127, 255, broken[place] ^ 1])
+    path.unlink()  # much faster than to overwrite it
+    path.write_bytes(broken)
+    assert _peak(attempt) < 2 * MiB
+  assert outcomes == {"error", "read"}
+
+
+def test_labels_are_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(reference_npz, "_MAX_BYTES", 23 * 8 - 1)
+  file = ReferenceFile(_adm(tmp_path / "a.npz", mu=None, sigma=None))
+  with pytest.raises(NpzError, match="184 bytes, more than the 183 that"):
+    file.labels()
+
+
 def test_images_that_were_not_announced_leave_no_file(tmp_path):
   path = tmp_path / "a.npz"
   for images, message in (
@@ -214,3 +379,6 @@ def test_arrays_there_and_back(tmp_path):
   with pytest.raises(ValueError, match="[Oo]bject"):
     npz_files.write_npz(tmp_path / "b.npz", {"a": np.array([None])})
   assert not (tmp_path / "b.npz").exists()
+  np.savez_compressed(tmp_path / "c.npz", a=np.zeros(10))
+  with pytest.raises(NpzError, match="c.npz: a is compressed"):
+    npz_files.read_npz(tmp_path / "c.npz")

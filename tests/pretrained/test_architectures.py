@@ -246,7 +246,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path, name):
     ("siglip", {"image_size": 2**20}, "position_embedding"),
     ("vit_mae", {"image_size": 2**20}, "position_embeddings"),
     ("clip_vision", {"num_hidden_layers": 10**7}, "10000000 layers"),
-    ("dinov3", {"hidden_size": 2**20}, "cls_token"),
+    ("dinov3", {"hidden_size": 2**20}, "at most 4096"),
     ("dinov3", {"num_attention_heads": 8}, "multiple of 4"),
     ("siglip", {"intermediate_size": 10**9}, "1000000000"),
     ("dinov3", {"rope_theta": 0}, "rotary_base 0"),

@@ -133,6 +133,17 @@ def test_bad_files(tmp_path, values, message):
   assert "preprocessor_config.json" in str(error.value)
 
 
+@pytest.mark.parametrize("missing", ["crop_size", "size"])
+def test_a_network_of_absurd_images(tmp_path, missing):
+  """Fields that a file leaves out are the network's, and may be too large."""
+  side = 2**16 + 1
+  raw = {"size": side, "crop_size": side, "resample": 3}
+  del raw[missing]
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match="crop_size 65537 .* at most 65536"):
+    clip_images.read(tmp_path, side)
+
+
 def test_bad_composite_file(tmp_path):
   (tmp_path / "processor_config.json").write_text("{}")
   with pytest.raises(ValueError, match="image_processor must be an object"):

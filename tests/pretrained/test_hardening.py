@@ -1,5 +1,7 @@
 """Files that are broken, or lie: one line, little memory, nothing executed."""
 
+import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -11,9 +13,30 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 
 from psvae_jax import exported
-from psvae_jax.pretrained import files, safetensors_file
+from psvae_jax.models import clip_text as models_clip_text
+from psvae_jax.models import qwen2 as models_qwen2
+from psvae_jax.models import text as models_text
+from psvae_jax.models import vit
+from psvae_jax.models.kl_autoencoder import KLConfig
+from psvae_jax.pretrained import (
+  architectures,
+  autoencoder_kl,
+  autoencoder_rae,
+  clip_images,
+  clip_text,
+  dino,
+  encoder,
+  files,
+  inception,
+  lpips,
+  preprocessing,
+  qwen2,
+  safetensors_file,
+  text,
+)
 
 TENSORS = {
   "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -410,3 +433,310 @@ def test_an_export_of_absurd_sizes(tmp_path, changes, message):
     tracemalloc.stop()
   assert peak < 64 * MiB
   assert "\n" not in str(error.value)
+
+
+# Every field of every published config replaced by what it cannot be.
+
+
+VALUES = ["x", None, [], {}, -1, 0, 1e308, 10**400, True, [1, 2, 3], "9" * 400]
+VALUES += [[10**400] * 3]
+
+
+def _vits():
+  """A small encoder of every family: model_type → config."""
+  base = dict(width=16, depth=2, num_heads=2, patch_size=4, image_size=16)
+  other = dict(
+    base, mlp_hidden=32, layerscale_init=None, position_antialias=False
+  )
+  configs = [
+    vit.ViTConfig(**base, position_antialias=False),
+    vit.ViTConfig(**base, num_registers=2, swiglu=True),
+    vit.ViTConfig(**base, mlp_hidden=32, positions="rotary", key_bias=False),
+    vit.ViTConfig(**other, cls_token=False),
+    vit.ViTConfig(**other, positions="fixed"),
+    vit.ViTConfig(**other, patch_bias=False, pre_norm=True),
+  ]
+  raws = map(architectures.format_config, configs)
+  return {raw["model_type"]: raw for raw in raws}
+
+
+def _fields(kind, **values):
+  """A config.json of a dataclass's own fields."""
+  return {**dataclasses.asdict(kind(**values)), "head_dim": None}
+
+
+def _clip():
+  halves = {
+    "vision_config": _vits()["clip_vision_model"],
+    "text_config": _fields(models_clip_text.ClipTextConfig, hidden_size=16),
+  }
+  older = {f"{name}_dict": None for name in halves}
+  return {"model_type": "clip", "projection_dim": 8, **halves, **older}
+
+
+def _qwen2():
+  sizes = (37, 24, 40, 3, 6, 2)
+  names = [f.name for f in dataclasses.fields(models_qwen2.Qwen2Config)]
+  return {
+    **_fields(
+      models_qwen2.Qwen2Config, **dict(zip(names, sizes, strict=False))
+    ),
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    "layer_types": ["full_attention"],
+  }
+
+
+def _kl():
+  return autoencoder_kl.format_config(
+    KLConfig(
+      block_out_channels=(16, 24),
+      layers_per_block=1,
+      latent_channels=6,
+      down_attention=(False, True),
+      up_attention=(False, False),
+      norm_num_groups=4,
+      shift_factor=0.1,
+    )
+  )
+
+
+def _rae():
+  return {
+    "_class_name": autoencoder_rae.CLASS_NAME,
+    "encoder_type": "dinov2",
+    "encoder_hidden_size": 64,
+    "encoder_num_hidden_layers": 2,
+    "encoder_patch_size": 14,
+    "encoder_input_size": 42,
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 40,
+    "patch_size": 4,
+    "image_size": 12,
+    "encoder_norm_mean": [0.4, 0.5, 0.6],
+    "encoder_norm_std": [0.2, 0.3, 0.25],
+    "scaling_factor": 2.0,
+    "num_channels": 3,
+    "reshape_to_2d": True,
+  }
+
+
+def _images():
+  """Of all preprocessor files."""
+  return {
+    "do_resize": True,
+    "size": {"shortest_edge": 16},
+    "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "resample": 3,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.3, 0.4],
+  }
+
+
+# Name → (its file, how it is read of a path, shapes of what is read).
+def _of_folder(read):
+  return lambda path: read(path.parent)
+
+
+def _of_json(parse):
+  return lambda path: parse(files.read_json(path), path)
+
+
+def _vit_shapes(config):
+  return encoder._param_shapes(vit.ViT(config))
+
+
+def _text_shapes(config):
+  return text._param_shapes(models_text.T5Encoder(config))
+
+
+def _clip_text_shapes(config):
+  return clip_text.param_shapes(models_clip_text.ClipText(config))
+
+
+def _qwen2_shapes(config):
+  return qwen2._param_shapes(models_qwen2.Qwen2(config))
+
+
+_VIT = (_of_json(architectures.parse_config), _vit_shapes)
+READERS = {
+  **{name: (raw, *_VIT) for name, raw in _vits().items()},
+  "dino": (tiny.DINO_PUBLISHED, _of_json(dino.parse_config), _vit_shapes),
+  "clip, vision half": (_clip(), *_VIT),
+  "clip, text half": (
+    _clip(),
+    _of_json(clip_text.parse_config),
+    _clip_text_shapes,
+  ),
+  "qwen2": (_qwen2(), _of_json(qwen2.parse_config), _qwen2_shapes),
+  "t5": (
+    text._format_config(models_text.T5Config(d_model=16, vocab_size=9)),
+    _of_json(text.parse_config),
+    _text_shapes,
+  ),
+  "AutoencoderKL": (
+    _kl(),
+    _of_json(autoencoder_kl.parse_config),
+    autoencoder_kl.param_shapes,
+  ),
+  "AutoencoderRAE": (
+    _rae(),
+    _of_json(autoencoder_rae.parse_config),
+    autoencoder_rae.param_shapes,
+  ),
+  "lpips": (
+    {"model_type": "lpips", "network": "alex", "version": lpips.VERSION},
+    _of_folder(lambda folder: lpips._read_network(folder, str(folder), None)),
+    None,
+  ),
+  "inception": (
+    {
+      "model_type": inception.MODEL_TYPE,
+      "graph": inception.GRAPH,
+      "port": "pytorch-fid",
+    },
+    _of_folder(inception._read_port),
+    None,
+  ),
+  "images": (
+    _images(),
+    lambda path: preprocessing.read(path, architectures.dinov2.PROCESSOR),
+    None,
+  ),
+  "images of CLIP": (
+    _images(),
+    _of_folder(lambda folder: clip_images.read(folder, 16)),
+    None,
+  ),
+}
+
+
+def _places(raw):
+  """(keys down to a value, the value) of all of a config."""
+  items = raw.items() if isinstance(raw, dict) else enumerate(raw)
+  for key, value in items:
+    yield (key,), value
+    if isinstance(value, (dict, list)):
+      yield from (((key, *place), v) for place, v in _places(value))
+
+
+def _put(raw, place, value):
+  """A config with one value replaced."""
+  changed = copy.deepcopy(raw)
+  section = changed
+  for key in place[:-1]:
+    section = section[key]
+  section[place[-1]] = value
+  return changed
+
+
+@pytest.fixture(name="read")
+def _read(tmp_path):
+  """(reader's name, config) → what the reader makes of a file of it."""
+
+  def read(name, raw):
+    kind = "preprocessor_config" if name.startswith("images") else "config"
+    path = tmp_path / f"{kind}.json"
+    path.unlink(missing_ok=True)  # much faster than to overwrite it
+    path.write_text(json.dumps(raw))
+    return READERS[name][1](path)
+
+  return read
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_field_replaced(tmp_path, read, name):
+  raw = READERS[name][0]
+  read(name, raw)
+  refused = 0
+  for place, _ in _places(raw):
+    for value in VALUES:
+      try:
+        read(name, _put(raw, place, value))
+      except ValueError as error:
+        message = str(error)
+        assert str(tmp_path) in message, (place, value)
+        assert "\n" not in message and len(message) < 2000, (place, value)
+        refused += 1
+  assert refused > len(raw)
+
+
+@pytest.mark.parametrize("name", [n for n in READERS if READERS[n][2]])
+def test_the_largest_sizes_that_are_read_cost_nothing(read, name):
+  """Shapes are made before tensors show that they do not fit."""
+  raw, _, shapes = READERS[name]
+  config = read(name, raw)
+  for place in [place for place, old in _places(raw) if type(old) is int]:
+    for size in (2**24, 2**14, 2**10):
+      changed = _put(raw, place, size)
+      try:
+        config = read(name, changed)
+      except ValueError:
+        continue
+      raw = changed
+      break
+  tracemalloc.start()
+  try:
+    shapes(config)
+    assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+  "name, changes, message",
+  [
+    ("dinov2", {"layer_norm_eps": 10**400}, "eps is 10+[.]{3}0+, it must be"),
+    ("dinov2", {"mlp_ratio": 1e308}, r"mlp_ratio 1e\+308 makes an MLP hidden"),
+    ("dinov2", {"patch_size": [4, 4, 9]}, r"patch_size is \[4, 4, 9\]"),
+    ("dino", {"intermediate_size": 10**400}, "MLP hidden width 10+ is not in"),
+    (
+      "dinov3_vit",
+      {"num_register_tokens": 2**24},
+      r"num_registers 16777216 is not in \[0, 1024\]",
+    ),
+    (
+      "dinov3_vit",
+      {"hidden_size": 2**24, "num_attention_heads": 1},
+      "16777216 .*at most 4096",
+    ),
+    (
+      "qwen2",
+      {"hidden_size": 2**24, "num_attention_heads": 2, "head_dim": None},
+      "hidden_size 16777216 / num_attention_heads 2 is above 4096",
+    ),
+    ("t5", {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+    ("t5", {"num_layers": 2**25}, "num_layers is 33554432; .* at most 167772"),
+    ("AutoencoderKL", {"layers_per_block": 33}, "33 of 2 levels are more than"),
+    ("images", {"rescale_factor": None}, "rescale_factor is None"),
+    ("images", {"rescale_factor": 2}, "rescale_factor is 2.0"),
+    ("images", {"image_mean": "123"}, "image_mean '123' is not 3 finite"),
+    ("images", {"image_mean": [0.5, "1", 0.5]}, "'1', 0.5] is not 3 finite"),
+    ("images of CLIP", {"image_std": [1, 1, 10**400]}, "is not 3 finite"),
+  ],
+)
+def test_absurd_values_are_named(tmp_path, read, name, changes, message):
+  with pytest.raises(ValueError, match=message) as error:
+    read(name, {**READERS[name][0], **changes})
+  assert str(tmp_path) in str(error.value)
+
+
+def test_positions_of_many_tokens_are_not_made(read):
+  """A decoder's, to know the shapes of its parameters."""
+  sizes = {"encoder_patch_size": 1, "encoder_input_size": 512}
+  sizes |= {"decoder_hidden_size": 64, "image_size": None}
+  config = read("AutoencoderRAE", {**_rae(), **sizes})
+  tracemalloc.start()
+  try:
+    autoencoder_rae.param_shapes(config)
+    assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+  finally:
+    tracemalloc.stop()

@@ -242,6 +242,8 @@ def three_steps(autoencoder, mesh_name, dtype):
   return jax.device_get((first, state.params))
 
 
+# By default its stricter sibling in double precision.
+@pytest.mark.slow
 def test_float32_gradients_equal_on_one_and_eight_devices(autoencoder):
   one, params_one = three_steps(autoencoder, "one", "float32")
   eight, params_eight = three_steps(autoencoder, "mixed", "float32")
