@@ -144,8 +144,11 @@ def of_file(file: ReferenceFile, networks: Networks, size: int) -> Reference:
   widths = {}
   for network in networks.features:
     widths |= network.widths(size)
-  for kind, (mean, _) in file.statistics.items():
-    if kind in widths and len(mean) != widths[kind]:
+  wanted = {
+    kind: file.statistics[kind] for kind in file.statistics if kind in widths
+  }
+  for kind, (mean, _) in wanted.items():
+    if len(mean) != widths[kind]:
       raise ValueError(
         f"{file.path} has statistics of {len(mean)} {kind} features, the "
         f"network that was given makes {widths[kind]}: they are of another "
@@ -157,8 +160,7 @@ def of_file(file: ReferenceFile, networks: Networks, size: int) -> Reference:
   return Reference(
     {
       kind: (mean, covariance, file.count)
-      for kind, (mean, covariance) in file.statistics.items()
-      if kind in widths
+      for kind, (mean, covariance) in wanted.items()
     },
     {},
     {

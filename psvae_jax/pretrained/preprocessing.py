@@ -7,7 +7,7 @@ what is written is what transformers' image processors want to know.
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from psvae_jax.pretrained import files
@@ -113,8 +113,7 @@ def statistics(values: Any, name: str, where: str) -> tuple[float, ...]:
     ValueError: anything else; names `where` and `name`.
   """
   try:
-    # Text and objects have elements too, some of which could be numbers.
-    if isinstance(values, (str, Mapping)) or len(values) != 3:
+    if len(values) != 3:
       raise ValueError("another number of them")
     out = tuple(_number(value) for value in values)
   except (TypeError, ValueError, OverflowError) as error:
@@ -127,6 +126,6 @@ def statistics(values: Any, name: str, where: str) -> tuple[float, ...]:
 
 
 def _number(value: Any) -> float:
-  if isinstance(value, (str, bool)) or not math.isfinite(value):
+  if isinstance(value, bool) or not math.isfinite(value):  # text: TypeError
     raise ValueError("no finite number")
   return float(value)

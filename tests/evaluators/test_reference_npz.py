@@ -351,6 +351,12 @@ def test_damaged_bytes(tmp_path, compressed):
   assert outcomes == {"error", "read"}
 
 
+def test_widths_are_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(reference_npz, "_MAX_WIDTH", 5)
+  with pytest.raises(NpzError, match=r"at most 5, got \(6,\) and \(6, 6\)"):
+    ReferenceFile(_adm(tmp_path / "a.npz"))
+
+
 def test_labels_are_bounded(tmp_path, monkeypatch):
   monkeypatch.setattr(reference_npz, "_MAX_BYTES", 23 * 8 - 1)
   file = ReferenceFile(_adm(tmp_path / "a.npz", mu=None, sigma=None))

@@ -720,7 +720,9 @@ def test_the_largest_sizes_that_are_read_cost_nothing(read, name):
     ("images", {"rescale_factor": 2}, "rescale_factor is 2.0"),
     ("images", {"image_mean": "123"}, "image_mean '123' is not 3 finite"),
     ("images", {"image_mean": [0.5, "1", 0.5]}, "'1', 0.5] is not 3 finite"),
+    ("images", {"image_mean": {"0": 1, "1": 1, "2": 1}}, "is not 3 finite"),
     ("images of CLIP", {"image_std": [1, 1, 10**400]}, "is not 3 finite"),
+    ("images of CLIP", {"image_std": [1, 1, True]}, "is not 3 finite"),
   ],
 )
 def test_absurd_values_are_named(tmp_path, read, name, changes, message):

@@ -386,3 +386,10 @@ def test_tokenizers_that_cannot_serve(tokenizer_folder, tmp_path):
   (tmp_path / "c" / "tokenizer.json").write_text("{")
   with pytest.raises(ValueError, match="cannot be read"):
     broken(["x"])
+  # What transformers refuses in many lines.
+  config = {"model_type": "t5", "layer_norm_epsilon": 7}
+  broken = copy("d", lambda name, raw: None)
+  (tmp_path / "d" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="cannot be read") as error:
+    broken(["x"])
+  assert "\n" not in str(error.value)
