@@ -2,7 +2,7 @@
 
     python -m psvae_jax.verify facebook/dinov2-with-registers-base
 
-What is computed, and of what, is in `psvae_jax/verification.py`.
+What is computed, and of what, is in `psvae_jax/verification/`.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def differences(
   """In what two reports disagree.
 
   Args:
-    found: what `verification.report` returned.
+    found: what `summary.report` returned.
     wanted: another one; what it does not have is not compared.
     tolerance: largest difference of two figures, as a share of the largest
       number (or length) of the output.
@@ -238,15 +238,15 @@ def main(argv: Sequence[str] | None = None) -> None:
   if arguments.size is not None and not 16 <= arguments.size <= 4096:
     cli.fail(f"--size={arguments.size} must be in [16, 4096]")
   # After the arguments' checks: these imports take seconds.
-  from psvae_jax import verification
   from psvae_jax.checkpoint import CheckpointError
+  from psvae_jax.verification import subjects, summary
 
   found = []
   try:
     wanted = arguments.against and read_report(Path(arguments.against))
-    subject = verification.load(arguments.name, arguments.kind, arguments.size)
+    subject = subjects.load(arguments.name, arguments.kind, arguments.size)
     outputs = subject.run()
-    report = verification.report(subject, outputs)
+    report = summary.report(subject, outputs)
     if arguments.pictures:
       _write_pictures(subject.inputs, Path(arguments.pictures).expanduser())
     print(
@@ -258,10 +258,10 @@ def main(argv: Sequence[str] | None = None) -> None:
       if not lines and not arguments.json:
         _say_agreement(report, wanted, arguments)
     if arguments.reference:
-      from psvae_jax import verification_reference
+      from psvae_jax.verification import reference
 
-      others = verification_reference.run(subject)
-      distances = verification_reference.distances(outputs, others)
+      others = reference.run(subject)
+      distances = reference.distances(outputs, others)
       for name, value in distances.items():
         line = f"{name}: differs by {value:.2g} from the reference"
         if not arguments.json:

@@ -14,9 +14,10 @@ import vision_reference
 from PIL import Image
 
 import psvae_jax
-from psvae_jax import verification, verification_reference, verify
+from psvae_jax import verify
 from psvae_jax.pretrained import files
 from psvae_jax.tasks.generator import EMBEDDED_TEXT_ENCODER
+from psvae_jax.verification import inputs, reference, subjects, summary
 
 
 @pytest.fixture(name="folder", scope="module")
@@ -38,14 +39,14 @@ def fails(match, *arguments):
 
 @pytest.fixture(name="report", scope="module")
 def _report(folder):
-  subject = verification.load(folder)
-  return verification.report(subject, subject.run())
+  subject = subjects.load(folder)
+  return summary.report(subject, subject.run())
 
 
 def test_figures_of_an_encoder(folder, report):
   encoder = psvae_jax.load_encoder(folder)
-  inputs = verification.make_inputs(32)
-  features = np.asarray(encoder(inputs.pictures), np.float64)
+  pictures = inputs.make_inputs(32).pictures
+  features = np.asarray(encoder(pictures), np.float64)
   found = report["outputs"]["features"]
   assert found["shape"] == list(features.shape) == [6, 4, 4, 16]
   lengths = np.linalg.norm(features, axis=-1)
@@ -68,12 +69,12 @@ def test_figures_of_an_encoder(folder, report):
 
 
 def test_pictures_are_fixed():
-  first, second = (verification.make_inputs(48) for _ in range(2))
+  first, second = (inputs.make_inputs(48) for _ in range(2))
   assert first.describe() == second.describe()
   assert first.names[0] == "scene 0" and "astronaut.png" in first.names
   assert first.pictures.shape == (6, 48, 48, 3)
   assert len({picture.tobytes() for picture in first.pictures}) == 6
-  assert first.describe() != verification.make_inputs(32).describe()
+  assert first.describe() != inputs.make_inputs(32).describe()
 
 
 def test_json_and_against(folder, report, tmp_path, capsys):
@@ -107,9 +108,7 @@ def test_text_and_pictures(folder, report, tmp_path, capsys):
   assert f"first numbers {found['leading'][0]:.6g} " in text
   assert report["modules"]["blocks"]["sha256"] in text
   picture = np.asarray(Image.open(tmp_path / "pictures" / "scene-1.png"))
-  np.testing.assert_array_equal(
-    picture, verification.make_inputs(32).pictures[1]
-  )
+  np.testing.assert_array_equal(picture, inputs.make_inputs(32).pictures[1])
   assert len(list((tmp_path / "pictures").iterdir())) == 6
 
 
@@ -162,7 +161,7 @@ def test_an_autoencoder(capsys):
   }
   vae = psvae_jax.PSVAE.from_pretrained("embedded")
   assert report["fingerprint"] == vae.fingerprint
-  made = vae.reconstruct(verification.make_inputs(48).pictures)
+  made = vae.reconstruct(inputs.make_inputs(48).pictures)
   found = report["outputs"]["reconstructions"]
   assert found["mean"] == pytest.approx(made.mean(), abs=0.01)
 
@@ -178,7 +177,7 @@ def test_levels_may_be_rounded_up_and_down():
   ours = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
   other = ours.copy()
   other[0, 0, 0, 0] ^= 1
-  figures = [verification.summarize(x) for x in (ours, other)]
+  figures = [summary.summarize(x) for x in (ours, other)]
   reports = [
     {
       "kind": "x",
@@ -189,9 +188,9 @@ def test_levels_may_be_rounded_up_and_down():
     for y in figures
   ]
   assert verify.differences(*reports, tolerance=1e-3) == []
-  found = verification_reference.distances({"y": ours}, {"y": other})
+  found = reference.distances({"y": ours}, {"y": other})
   assert 0 < found["y"] < 1e-4
-  found = verification_reference.distances({"y": ours}, {"y": ours[:, 1:]})
+  found = reference.distances({"y": ours}, {"y": ours[:, 1:]})
   assert found["y"] == float("inf")
 
 
@@ -212,12 +211,12 @@ def save_qwen2(folder):
 
 
 def save_clip_text(folder, kind):
-  reference = pytest.importorskip("clip_reference")
-  transformers = reference.transformers
-  config = transformers.CLIPTextConfig(**reference.text_config())
-  model = reference.randomise(getattr(transformers, kind)(config))
+  clip = pytest.importorskip("clip_reference")
+  transformers = clip.transformers
+  config = transformers.CLIPTextConfig(**clip.text_config())
+  model = clip.randomise(getattr(transformers, kind)(config))
   model.save_pretrained(folder)
-  reference.tokenizer().save_pretrained(folder)
+  clip.tokenizer().save_pretrained(folder)
   return folder
 
 
@@ -278,15 +277,15 @@ def test_a_pipeline_s_autoencoder_and_nothing_else(
   # Not all that ends so: other networks of the pipeline, half precision.
   assert not any(re.search(r"(^|/)\*", pattern) for pattern in asked)
   with pytest.raises(ValueError, match="AutoencoderKL alone; embedded is none"):
-    verification_reference.run(verification.load("embedded"))
+    reference.run(subjects.load("embedded"))
 
 
 def test_tokens_are_fixed(saved, capsys):
-  first, second = (verification.make_tokens(500) for _ in range(2))
+  first, second = (inputs.make_tokens(500) for _ in range(2))
   assert first.describe() == second.describe()
   assert first.tokens.shape == (2, 32) and 0 <= first.tokens.min()
   assert first.tokens.max() < 500 and len(np.unique(first.tokens)) == 64
-  assert first.describe() != verification.make_tokens(501).describe()
+  assert first.describe() != inputs.make_tokens(501).describe()
   report = json.loads(run(capsys, saved("Qwen2"), "--json"))
   assert report["inputs"]["shape"] == [2, 32]
   assert report["outputs"]["features"]["shape"] == [2, 32, 24]
@@ -295,7 +294,7 @@ def test_tokens_are_fixed(saved, capsys):
 
 
 def test_features_of_tokens_see_what_came_before_alone(saved):
-  subject = verification.load(saved("Qwen2"))
+  subject = subjects.load(saved("Qwen2"))
   before = subject.run()["features"]
   tokens = subject.inputs.tokens
   tokens[:, 20] = (tokens[:, 20] + 1) % 37
@@ -306,7 +305,7 @@ def test_features_of_tokens_see_what_came_before_alone(saved):
 
 def test_reference_that_differs(folder, monkeypatch):
   vision_reference.import_transformers()
-  load = verification.load
+  load = subjects.load
 
   def tampered(*arguments):
     subject = load(*arguments)
@@ -314,7 +313,7 @@ def test_reference_that_differs(folder, monkeypatch):
     subject.params["norm"] = jax.tree.map(lambda x: np.float32(1.01) * x, norm)
     return subject
 
-  monkeypatch.setattr(verification, "load", tampered)
+  monkeypatch.setattr(subjects, "load", tampered)
   fails("figures differ", folder, "--reference")
 
 
@@ -335,7 +334,7 @@ def test_reference_that_differs(folder, monkeypatch):
 )
 def test_kinds_are_found(tmp_path, config, kind):
   (tmp_path / "config.json").write_text(json.dumps(config))
-  assert verification.find_kind(str(tmp_path)) == kind
+  assert subjects.find_kind(str(tmp_path)) == kind
 
 
 def test_kinds_of_names():
@@ -348,8 +347,8 @@ def test_kinds_of_names():
     "random:Qwen/Qwen2.5-0.5B": "qwen2",
     "random:stabilityai/sd-vae-ft-ema": "autoencoder",
   }
-  assert {name: verification.find_kind(name) for name in names} == names
-  assert tuple(verification.KINDS) == verify._KINDS
+  assert {name: subjects.find_kind(name) for name in names} == names
+  assert tuple(subjects.KINDS) == verify._KINDS
 
 
 def test_mistakes_are_one_line(folder, tmp_path, capsys):

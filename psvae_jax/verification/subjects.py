@@ -1,13 +1,6 @@
-"""What a network is and what it computes, in figures that can be compared.
-
-Every kind of network gets the same small input, the same on every machine:
-pictures of the embedded data set and scikit-image's, a few texts, or token ids.
-Of each output there are a norm, a spread and its first numbers, so that two
-programs, or two machines, can be compared without exchanging arrays.
-"""
+"""Networks by name: which kind one is, how it is loaded and shown its input."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,16 +11,16 @@ import numpy as np
 from psvae_jax.config import nearest
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.untrained import RANDOM
-
-TEXTS = ("a red circle", "two dogs on a beach, at sunset", "")
-TOKENS = 32  # of a text
-_ROWS, _STRIDE = 2, 7919  # of token ids: all over a vocabulary
+from psvae_jax.verification.inputs import (
+  TEXTS,
+  TOKENS,
+  Inputs,
+  make_inputs,
+  make_tokens,
+)
 
 _LARGE = 500  # pixels: DINOv2 was published for 518, and is used at 224
 _SIDE = 224
-_LEADING = 8
-_SCENES = 2
-_PICTURES = {"train": (0, 1), "validation": (0, 2)}  # of `BundledSource`
 # What a config.json says → kind; whatever else has a model type is an encoder.
 _MODEL_TYPES = {
   "lpips": "lpips",
@@ -39,38 +32,6 @@ _MODEL_TYPES = {
 }
 _DINO = "vit"
 _NO_DINO = "is DINO, the discriminator's network, which verify does not cover"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inputs:
-  """What a network is shown.
-
-  Attributes:
-    names: of pictures, texts or rows of tokens, for people.
-    pictures: uint8 (N, S, S, 3); None of a text encoder.
-    texts: likewise; None of what sees pictures only.
-    tokens: int32 (N, L) ids; None of all but a language model.
-  """
-
-  names: tuple[str, ...]
-  pictures: np.ndarray | None = None
-  texts: tuple[str, ...] | None = None
-  tokens: np.ndarray | None = None
-
-  def describe(self) -> dict[str, Any]:
-    """Names, shape and checksum."""
-    digest = hashlib.sha256()
-    out = {"names": list(self.names)}
-    if self.pictures is not None:
-      out["shape"] = list(self.pictures.shape)
-      digest.update(self.pictures.tobytes())
-    if self.texts is not None:
-      out["texts"] = list(self.texts)
-      digest.update("\n".join(self.texts).encode())
-    if self.tokens is not None:
-      out["shape"] = list(self.tokens.shape)
-      digest.update(self.tokens.astype("<i4").tobytes())
-    return {**out, "sha256": digest.hexdigest()[:16]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,35 +57,6 @@ class Subject:
   inputs: Inputs
   run: Callable[[], dict[str, np.ndarray]]
   network: Any
-
-
-def make_inputs(size: int) -> Inputs:
-  """The fixed pictures at one size: scenes, then photographs.
-
-  Args:
-    size: side in pixels. Scenes are drawn at it; photographs are cropped to
-      their centre square and resized by Pillow's bicubic filter.
-  """
-  from psvae_jax.data import bundled, scenes, transforms
-
-  source = scenes.SceneSource("validation", _SCENES, size)
-  names = [f"scene {i}" for i in range(_SCENES)]
-  pictures = [source[i]["image"] for i in range(_SCENES)]
-  crop = transforms.center_crop(size)
-  for split, places in _PICTURES.items():
-    photographs = bundled.BundledSource(split)
-    for place in places:
-      element = photographs[place]
-      names.append(element["path"])
-      pictures.append(crop(element, None)["image"])
-  return Inputs(tuple(names), np.stack(pictures))
-
-
-def make_tokens(vocab_size: int) -> Inputs:
-  """The fixed token ids of a vocabulary."""
-  ids = np.arange(_ROWS * TOKENS) * _STRIDE % vocab_size
-  names = tuple(f"tokens {i}" for i in range(_ROWS))
-  return Inputs(names, tokens=ids.reshape(_ROWS, TOKENS).astype(np.int32))
 
 
 def find_kind(name: str) -> str:
@@ -206,6 +138,27 @@ def load(
   return KINDS[kind](name, size)
 
 
+def _subject(
+  kind: str,
+  name: str,
+  network: Any,
+  architecture: dict[str, Any],
+  inputs: Inputs,
+  run: Callable[[], dict[str, np.ndarray]],
+) -> Subject:
+  """A subject of a network that knows its own parameters and fingerprint."""
+  return Subject(
+    kind,
+    name,
+    architecture,
+    network.params,
+    network.fingerprint,
+    inputs,
+    run,
+    network,
+  )
+
+
 def _encoder(name: str, size: int | None) -> Subject:
   from psvae_jax.pretrained.encoder import load_encoder
 
@@ -227,16 +180,7 @@ def _encoder(name: str, size: int | None) -> Subject:
     "mean": list(encoder.mean),
     "std": list(encoder.std),
   }
-  return Subject(
-    "encoder",
-    name,
-    architecture,
-    encoder.params,
-    encoder.fingerprint,
-    inputs,
-    run,
-    encoder,
-  )
+  return _subject("encoder", name, encoder, architecture, inputs, run)
 
 
 def _text(name: str, size: int | None) -> Subject:
@@ -248,15 +192,13 @@ def _text(name: str, size: int | None) -> Subject:
   def run():
     return of_texts(*jax.device_get(encoder(TEXTS)))
 
-  return Subject(
+  return _subject(
     "text",
     name,
+    encoder,
     _plain(encoder.module.config),
-    encoder.params,
-    encoder.fingerprint,
     Inputs(TEXTS, texts=TEXTS),
     run,
-    encoder,
   )
 
 
@@ -286,15 +228,8 @@ def _clip(name: str, size: int | None) -> Subject:
       out["text_embeds"] = np.asarray(model.text_embeds(inputs.texts))
     return out
 
-  return Subject(
-    "clip",
-    name,
-    {"image_size": model.image_size},
-    model.params,
-    model.fingerprint,
-    inputs,
-    run,
-    model,
+  return _subject(
+    "clip", name, model, {"image_size": model.image_size}, inputs, run
   )
 
 
@@ -313,15 +248,13 @@ def _clip_text(name: str, size: int | None) -> Subject:
       **of_texts(features, mask),
     }
 
-  return Subject(
+  return _subject(
     "clip_text",
     name,
+    encoder,
     _plain(encoder.module.config),
-    encoder.params,
-    encoder.fingerprint,
     Inputs(TEXTS, texts=TEXTS),
     run,
-    encoder,
   )
 
 
@@ -335,15 +268,8 @@ def _qwen2(name: str, size: int | None) -> Subject:
   def run():  # without a mask it is causal, as text's is
     return {"features": np.asarray(backbone(backbone.embed(inputs.tokens)))}
 
-  return Subject(
-    "qwen2",
-    name,
-    _plain(backbone.module.config),
-    backbone.params,
-    backbone.fingerprint,
-    inputs,
-    run,
-    backbone,
+  return _subject(
+    "qwen2", name, backbone, _plain(backbone.module.config), inputs, run
   )
 
 
@@ -364,16 +290,7 @@ def _autoencoder(name: str, size: int | None) -> Subject:
     "grid": model.grid,
     "channels": model.channels,
   }
-  return Subject(
-    "autoencoder",
-    name,
-    architecture,
-    model.params,
-    model.fingerprint,
-    inputs,
-    run,
-    model,
-  )
+  return _subject("autoencoder", name, model, architecture, inputs, run)
 
 
 def _lpips(name: str, size: int | None) -> Subject:
@@ -394,15 +311,8 @@ def _lpips(name: str, size: int | None) -> Subject:
       for what, other in others.items()
     }
 
-  return Subject(
-    "lpips",
-    name,
-    {"network": network.network},
-    network.params,
-    network.fingerprint,
-    inputs,
-    run,
-    network,
+  return _subject(
+    "lpips", name, network, {"network": network.network}, inputs, run
   )
 
 
@@ -421,15 +331,8 @@ def _inception(name: str, size: int | None) -> Subject:
       out |= {f"{key}, {resize}": np.asarray(features[key]) for key in features}
     return out
 
-  return Subject(
-    "inception",
-    name,
-    {"port": network.port},
-    network.params,
-    network.fingerprint,
-    inputs,
-    run,
-    network,
+  return _subject(
+    "inception", name, network, {"port": network.port}, inputs, run
   )
 
 
@@ -444,65 +347,6 @@ KINDS: dict[str, Callable[[str, int | None], Subject]] = {
   "lpips": _lpips,
   "inception": _inception,
 }
-
-
-def report(
-  subject: Subject, outputs: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-  """Everything about a network, in plain values.
-
-  Args:
-    subject: the network.
-    outputs: what `subject.run()` returned.
-  """
-  modules = {
-    name: {
-      "parameters": sum(int(x.size) for x in jax.tree.leaves(tree)),
-      "sha256": files.fingerprint_params(tree)[:16],
-    }
-    for name, tree in sorted(subject.params.items())
-  }
-  return {
-    "name": subject.name,
-    "kind": subject.kind,
-    "architecture": subject.architecture,
-    "fingerprint": subject.fingerprint,
-    "parameters": sum(m["parameters"] for m in modules.values()),
-    "modules": modules,
-    "inputs": subject.inputs.describe(),
-    "outputs": {name: summarize(x) for name, x in outputs.items()},
-    "versions": {"jax": jax.__version__, "numpy": np.__version__},
-    "device": jax.devices()[0].device_kind,
-    "precision": jax.config.jax_default_matmul_precision or "default",
-  }
-
-
-def summarize(array: np.ndarray) -> dict[str, Any]:
-  """Figures of one output, computed in float64.
-
-  Returns:
-    `shape`; `levels`, whether it is rounded to whole numbers; `norm` and
-    `norm_std`, mean and standard deviation of the vectors' lengths along the
-    last axis; `mean`, `std`, `least` and `most` of all numbers; `leading`, the
-    first ones; `spread`, as many at equal distances, in C order.
-  """
-  x = np.asarray(array, np.float64)
-  norms = np.sqrt(np.sum(np.square(x), axis=-1))
-  figures = {
-    "norm": norms.mean(),
-    "norm_std": norms.std(),
-    "mean": x.mean(),
-    "std": x.std(),
-    "least": x.min(),
-    "most": x.max(),
-  }
-  return {
-    "shape": list(array.shape),
-    "levels": bool(np.issubdtype(array.dtype, np.integer)),
-    **{name: float(value) for name, value in figures.items()},
-    "leading": x.ravel()[:_LEADING].tolist(),
-    "spread": x.ravel()[:: max(x.size // _LEADING, 1)][:_LEADING].tolist(),
-  }
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -16,14 +16,15 @@ from psvae_jax.evaluators.image_metrics import to_uint8
 from psvae_jax.pretrained import files
 from psvae_jax.pretrained.encoder import save_encoder
 from psvae_jax.pretrained.untrained import RANDOM
-from psvae_jax.verification import TEXTS, TOKENS, Subject, of_texts
+from psvae_jax.verification.inputs import TEXTS, TOKENS
+from psvae_jax.verification.subjects import Subject, of_texts
 
 
 def run(subject: Subject) -> dict[str, np.ndarray]:
   """The outputs of the same network by the package it comes from.
 
   Args:
-    subject: what `verification.load` returned.
+    subject: what `subjects.load` returned.
 
   Returns:
     Output's name → array, of those outputs that the package has too.
