@@ -159,8 +159,8 @@ def _write_huggingface(folder, paths, options):
   from psvae_jax.pretrained import files
 
   path = paths["weights"]
-  raw = files.read_config(path.parent)
   tensors = _read(path, options.get("container"))
+  raw = files.read_config(path.parent)
   # diffusers' files keep their name, transformers' is the other one.
   stem = "model" if path.stem == "pytorch_model" else path.stem
   files.write_safetensors(folder / f"{stem}.safetensors", tensors)
